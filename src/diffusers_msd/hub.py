@@ -1,0 +1,337 @@
+# Copyright 2026 The diffusers_msd authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What a pipeline needs around its weights: to be known to diffusers, saved whole, described by a card, and pushed."""
+
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory, mkdtemp
+
+import diffusers
+from diffusers import DiffusionPipeline
+from diffusers.utils import logging
+from huggingface_hub import CommitInfo, ModelCard, ModelCardData, create_repo, hf_hub_download, upload_folder
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+from safetensors import SafetensorError
+
+from .files import atomic_directory, check_writable
+from .routing import ClassRouter
+
+
+logger = logging.get_logger(__name__)
+
+# A card with this line is ours to rewrite at the next save; one without it was written by somebody and is kept.
+CARD_MARK = "<!-- Written by diffusers_msd at each save. Remove this line to keep your own text. -->"
+
+# `diffusion_pytorch_model.fp16-00001-of-00002.safetensors`, `model.safetensors.index.fp16.json`, ...
+WEIGHTS_NAME = re.compile(r"\w+(?:\.(\w+))?(?:-\d{5}-of-\d{5})?\.safetensors(?:\.index(?:\.(\w+))?\.json)?")
+
+CARD = """
+{mark}
+# {title}
+
+{total} one-step students behind one pipeline, distilled from one teacher (multi-student distillation,
+[arXiv 2410.23274](https://huggingface.co/papers/2410.23274)). The router picks the student that serves a class label,
+and that student makes the image in a single network call.
+
+## Use
+
+```python
+from diffusers_msd import MultiStudentPipeline
+
+pipe = MultiStudentPipeline.from_pretrained("{name}")  # this folder, or its repo id on the Hub
+images = pipe(class_labels=[{label}], num_images_per_prompt=4).images
+```
+
+`MultiStudentPipeline.from_pretrained("{name}", unet_1=None)` leaves student 1 out: it is not even downloaded.
+`DiffusionPipeline.from_pretrained` of diffusers loads all of them once `diffusers_msd` is imported. Each student is
+also an ordinary model of its own: `{model_class}.from_pretrained("{name}", subfolder="unet_{first}")`.
+
+## Students
+
+| student | parameters |
+|---|---|
+{students}
+| total | {parameters:,} |
+
+Parts of the router ({router}):
+
+```
+{parts}
+```
+{details}"""
+
+
+def register_classes(pipeline_class: type[DiffusionPipeline]) -> None:
+    """Makes diffusers' generic loaders and the Hub route know this package.
+
+    diffusers refuses a repository whose `model_index.json` names a library that is not in its table of loadable
+    classes, and its generic `DiffusionPipeline.from_pretrained` looks the pipeline class up on `diffusers` itself.
+    The table is private, hence the guard: without it, loading local folders with our own class still works.
+
+    Args:
+        pipeline_class: the class named by `_class_name` in `model_index.json`.
+    """
+    setattr(diffusers, pipeline_class.__name__, pipeline_class)
+    try:
+        from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+    except ImportError:
+        warnings.warn(
+            f"diffusers {diffusers.__version__} has no table of loadable classes where diffusers_msd looks for it: "
+            "pipelines load from local folders only. diffusers 0.42 is known to work."
+        )
+        return
+    methods = ["save_pretrained", "from_pretrained"]
+    LOADABLE_CLASSES["diffusers_msd"] = {"ModelMixin": methods, "SchedulerMixin": methods}
+
+
+@contextmanager
+def whole_save(save_directory: str | Path, variant: str | None, index_name: str) -> Iterator[Path]:
+    """Gives a temporary folder to save a pipeline in, and moves it to `save_directory` once it is complete.
+
+    A folder that does not exist yet appears in one rename. An existing one keeps what else it holds (checkpoints,
+    logs, weights of another variant, a card somebody wrote): its index goes away first and comes back last, so that a
+    folder with an index is a whole pipeline at any moment. A failure inside the block leaves everything as it was.
+
+    Args:
+        save_directory: the final place.
+        variant: the variant being saved; old weights of this variant that the new save has no use for are removed.
+        index_name: file name of the pipeline's index.
+
+    Raises:
+        ValueError: `save_directory` is a file or cannot be written.
+    """
+    target = Path(save_directory)
+    if not target.exists():
+        check_writable(target.absolute().parent, "save_directory")
+        with atomic_directory(target) as staged:
+            yield staged
+        return
+    check_writable(target, "save_directory")
+    # Inside, since the target itself may be a mount point that no sibling can be renamed into.
+    staged = Path(mkdtemp(prefix=".saving-", dir=target))
+    try:
+        yield staged
+        _move_over(staged, target, variant, index_name)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def _move_over(staged: Path, target: Path, variant: str | None, index_name: str) -> None:
+    files = [path.relative_to(staged) for path in sorted(staged.rglob("*")) if path.is_file()]
+    (target / index_name).unlink(missing_ok=True)
+    for file in files:
+        if str(file) == index_name or (str(file) == "README.md" and not is_own_card(target / file)):
+            continue
+        (target / file).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(staged / file, target / file)
+    # A stale shard index would win over the new single file when the model is loaded.
+    for folder in {file.parent for file in files} - {Path(".")}:
+        for old in (target / folder).iterdir():
+            match = WEIGHTS_NAME.fullmatch(old.name)
+            if match and (match[1] or match[2]) == variant and old.relative_to(target) not in files:
+                old.unlink()
+    os.replace(staged / index_name, target / index_name)
+
+
+def is_own_card(path: Path) -> bool:
+    """Whether the card at `path` may be rewritten: it is absent, or it was written by us."""
+    return not path.exists() or CARD_MARK in path.read_text(encoding="utf-8")
+
+
+def model_card(pipe: DiffusionPipeline, name: str) -> ModelCard:
+    """The card of a `MultiStudentPipeline`: how to load it, its students, the parts of its router.
+
+    Args:
+        pipe: the pipeline.
+        name: what `from_pretrained` shall be given in the usage snippet.
+
+    Raises:
+        ValueError: the pipeline has no router or no students.
+    """
+    counts = {k: unet.num_parameters() for k, unet in pipe.students.items()}
+    if pipe.router is None or not counts:
+        raise ValueError("router, unet_0: a pipeline without router or without students cannot be saved")
+    data = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="unconditional-image-generation",
+        tags=["diffusers", "diffusers_msd", "multi-student-distillation", "one-step", "class-conditional"],
+    )
+    first = min(counts)
+    has_table = isinstance(pipe.router, ClassRouter)
+    text = CARD.format(
+        mark=CARD_MARK,
+        title=name.split("/")[-1],
+        total=pipe.router.num_students,
+        name=name,
+        label=int(pipe.router.classes(first)[0]) if has_table else 0,
+        model_class=type(pipe.students[first]).__name__,
+        first=first,
+        students="\n".join(f"| `unet_{k}` | {count:,} |" for k, count in counts.items()),
+        parameters=sum(counts.values()),
+        router=type(pipe.router).__name__,
+        parts=pipe.router.report() if has_table else f"{pipe.router.num_students} students",
+        details=f"\n{pipe.model_card_details.strip()}\n" if pipe.model_card_details else "",
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
+
+
+def upload(
+    folder: str | Path,
+    repo_id: str,
+    entries: list[str],
+    token: str | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+    subfolder: str | None = None,
+) -> CommitInfo:
+    """Uploads a saved pipeline and nothing else that lies in its folder; a card somebody wrote on the Hub stays.
+
+    Args:
+        folder: where the pipeline was saved.
+        repo_id: an existing repository.
+        entries: the files and folders of the pipeline.
+        token, commit_message, create_pr: as for `huggingface_hub.upload_folder`.
+        subfolder: where in the repository; its root if None.
+
+    Returns:
+        The `CommitInfo` of huggingface_hub.
+    """
+    try:
+        card = hf_hub_download(repo_id, "README.md", subfolder=subfolder, token=token)
+        keep_card = not is_own_card(Path(card))
+    except EntryNotFoundError:
+        keep_card = False
+    return upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        path_in_repo=subfolder,
+        token=token,
+        commit_message=commit_message or "Upload MultiStudentPipeline",
+        create_pr=create_pr,
+        allow_patterns=[pattern for entry in entries for pattern in (entry, f"{entry}/*")],
+        ignore_patterns=["README.md"] if keep_card else None,
+    )
+
+
+class SafePipeline(DiffusionPipeline):
+    """A diffusers pipeline whose saves are whole, whose loads never unpickle and whose card is its own."""
+
+    def to_json_string(self) -> str:
+        """The index, less the empty slots and the place where this copy was loaded from."""
+        index = json.loads(super().to_json_string())
+        index.pop("_name_or_path", None)
+        return json.dumps({k: v for k, v in index.items() if v != [None, None]}, indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
+        """Loads a pipeline as diffusers does, from safetensors only.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or a repo id on the Hub.
+            kwargs: as for `DiffusionPipeline.from_pretrained`: `dtype`, `variant`, `device_map`, `cache_dir`, ... and
+                components to use instead of the saved ones, None to leave an optional one out.
+
+        Raises:
+            FileNotFoundError: the folder, or a file in it, is missing; weights in another format than safetensors
+                count as missing.
+            ValueError: a file is damaged, or `use_safetensors` is not True.
+        """
+        if kwargs.setdefault("use_safetensors", True) is not True:
+            raise ValueError(f"use_safetensors: only True is allowed, got {kwargs['use_safetensors']!r}")
+        path = os.fspath(pretrained_model_name_or_path)
+        try:
+            return super().from_pretrained(path, **kwargs)
+        except (FileNotFoundError, HfHubHTTPError):
+            raise
+        except SafetensorError as error:
+            raise ValueError(f"pretrained_model_name_or_path: {path} has a damaged weights file: {error}") from error
+        except OSError as error:
+            raise FileNotFoundError(
+                f"pretrained_model_name_or_path: {path} is no folder and no Hub repository with a whole pipeline in "
+                f"safetensors format: {error}"
+            ) from error
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        **upload_kwargs,
+    ) -> CommitInfo | None:
+        """Saves the pipeline and its model card, whole or not at all.
+
+        Args:
+            save_directory: a folder; what else it holds is left alone, also a README.md that somebody wrote.
+            safe_serialization: for diffusers' sake; weights are always written as safetensors.
+            variant: part of the names of the weights files, such as "fp16"; other variants in the folder stay.
+            max_shard_size: split weights files above this, such as "5GB".
+            push_to_hub: also upload what was saved.
+            repo_id: where to; by default the name of the folder, in the user's namespace.
+            private, token: as for `huggingface_hub.create_repo`.
+            upload_kwargs: `commit_message`, `create_pr`, `subfolder`.
+
+        Returns:
+            What the Hub says about the upload, or None.
+
+        Raises:
+            ValueError: `save_directory` cannot be written, or there is no router or no student to save.
+        """
+        if not safe_serialization:
+            logger.warning("safe_serialization=False is ignored: weights are always written as safetensors.")
+        if upload_kwargs and not push_to_hub:
+            raise TypeError(f"{sorted(upload_kwargs)[0]}: only used with push_to_hub=True")
+        name = Path(save_directory).absolute().name
+        card = model_card(self, repo_id or name)
+        if push_to_hub:
+            repo_id = create_repo(repo_id or name, private=private, token=token, exist_ok=True).repo_id
+            card = model_card(self, repo_id)
+        with whole_save(save_directory, variant, self.config_name) as staged:
+            super().save_pretrained(staged, variant=variant, max_shard_size=max_shard_size)
+            card.save(staged / "README.md")
+        if push_to_hub:
+            saved = [name for name, component in self.components.items() if component is not None]
+            entries = [self.config_name, "README.md", *saved]
+            return upload(save_directory, repo_id, entries, token=token, **upload_kwargs)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        subfolder: str | None = None,
+    ) -> CommitInfo:
+        """Uploads the pipeline with its model card; diffusers' own method would put a general card in its place.
+
+        Arguments as for `PushToHubMixin.push_to_hub` of diffusers; errors as for `save_pretrained`.
+
+        Returns:
+            What the Hub says about the upload.
+        """
+        with TemporaryDirectory() as folder:
+            return self.save_pretrained(
+                folder,
+                safe_serialization=safe_serialization,
+                variant=variant,
+                push_to_hub=True,
+                repo_id=repo_id,
+                private=private,
+                token=token,
+                commit_message=commit_message,
+                create_pr=create_pr,
+                subfolder=subfolder,
+            )

@@ -1,0 +1,70 @@
+# Copyright 2026 The diffusers_msd authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The folder of a run: what it was started with, and what it left."""
+
+import json
+from pathlib import Path
+
+from filelock import FileLock
+
+from .files import write_json
+
+
+RUN_FILE = "run.json"
+
+
+def claim_run(output_dir: Path, settings: dict):
+    """Marks a folder as belonging to a run, or checks that it is this one's.
+
+    Jobs of single students share a folder, so the same settings may claim it again and again; each student's stage
+    folder refuses a second start of its own.
+
+    Raises:
+        ValueError: the folder belongs to a run with other settings.
+    """
+    path = Path(output_dir) / RUN_FILE
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            write_json(path, settings)
+            return
+        saved = json.loads(path.read_text())
+        for name, value in settings.items():
+            if saved.get(name) != value:
+                raise ValueError(
+                    f"output_dir: {output_dir} holds a run with {name} = {saved.get(name)!r}, now it is {value!r}; "
+                    "use another folder, or the same settings to continue"
+                )
+
+
+def _stage_folders(run: Path) -> dict[str, list[Path]]:
+    """The finished stages of each student of a run, in the order they ran."""
+    if not (run / RUN_FILE).is_file():
+        return {}
+    settings = json.loads((run / RUN_FILE).read_text())
+    return {
+        f"student_{k}": [run / f"student_{k}" / stage for stage in settings["stages"]]
+        for k in range(settings["num_students"])
+    }
+
+
+def training_record(run: Path) -> dict[str, float]:
+    """What training cost, over all stages and students: {"seconds", "steps"}; empty for a folder that is no run."""
+    summaries = [
+        json.loads((folder / "final" / "summary.json").read_text())
+        for folders in _stage_folders(run).values()
+        for folder in folders
+    ]
+    return {key: sum(s[key] for s in summaries) for key in ("seconds", "steps")} if summaries else {}
+
+
+def read_logs(run: Path) -> dict[str, list[dict]]:
+    """The log lines of each student, stages one after another, with the running iteration as "position"."""
+    logs = {}
+    for student, folders in _stage_folders(run).items():
+        points, start = [], 0
+        for folder in folders:
+            lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+            points += [{**line, "position": start + line["step"]} for line in lines]
+            start = points[-1]["position"] if points else start
+        logs[student] = points
+    return logs

@@ -1,0 +1,359 @@
+# Copyright 2026 The diffusers_msd authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What each stage of the method trains: TSM, DM and ADM students, their critic, and the teacher itself.
+
+A stage is a list of turns. A turn owns the networks one optimizer updates, says how often it runs and what data it
+needs, and computes its loss; the trainer knows nothing else about the method.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from diffusers import ModelMixin
+from torch import nn
+
+from .denoiser import Denoiser
+from .discriminator import DiscriminatorHead
+from .draws import Draws
+from .objectives import (
+    DISTANCES,
+    denoising_loss,
+    dm_loss,
+    gan_discriminator_loss,
+    gan_generator_loss,
+    regression_loss,
+    tsm_loss,
+)
+
+
+STAGES = ("tsm", "dm", "adm")
+
+Losses = dict[str, torch.Tensor]
+
+
+@dataclass
+class StageConfig:
+    """Weights and schedules of the distillation stages."""
+
+    student_update_interval: list[int] = field(
+        default_factory=lambda: [5],
+        metadata={
+            "help": "The student is updated every so many iterations, the critic (fake score and discriminator) at "
+            "every one: the two-time-scale rule of DMD2 (5). One value, or one per stage."
+        },
+    )
+    dm_t_min: float = field(
+        default=0.02, metadata={"help": "Lowest noise level of the DM loss, as a fraction of the schedule in [0, 1)."}
+    )
+    dm_t_max: float = field(
+        default=0.98, metadata={"help": "Highest noise level of the DM loss, as a fraction of the schedule in (0, 1]."}
+    )
+    guidance_scale: float | None = field(
+        default=None, metadata={"help": "Classifier-free guidance on the teacher in the DM loss (none by default)."}
+    )
+    regression_weight: float = field(
+        default=0.25,
+        metadata={"help": "Weight of the regression on the teacher's pairs in the DM stage; 0 leaves it out."},
+    )
+    regression_distance: str = field(
+        default="l2",
+        metadata={"help": "Distance of the regression: l2, l1, or lpips (extra `lpips`).", "choices": list(DISTANCES)},
+    )
+    gan_generator_weight: float = field(
+        default=37.0,
+        metadata={
+            "help": "Weight of the generator's GAN loss in the ADM stage times the number of elements of a sample "
+            "(DMD2: 3e-3 * 12288 = 37 on ImageNet-64), so that it carries over to other image sizes."
+        },
+    )
+    gan_critic_weight: float = field(
+        default=1e-2,
+        metadata={"help": "Weight of the discriminator's loss against the fake score's in the ADM stage."},
+    )
+
+    def __post_init__(self):
+        if not 0 <= self.dm_t_min < self.dm_t_max <= 1:
+            raise ValueError(
+                f"dm_t_min, dm_t_max: 0 <= dm_t_min < dm_t_max <= 1 expected, got {self.dm_t_min}, {self.dm_t_max}"
+            )
+        for name in ("regression_weight", "gan_generator_weight", "gan_critic_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: a weight >= 0 expected, got {getattr(self, name)}")
+        if self.regression_distance not in DISTANCES:
+            raise ValueError(
+                f"regression_distance: one of {', '.join(DISTANCES)} expected, got {self.regression_distance!r}"
+            )
+
+
+class Turn(nn.Module):
+    """One optimizer's share of an iteration. Its parameters are exactly what that optimizer updates.
+
+    Networks a turn only reads are kept in `frozen`, a plain dict, so that they are not among its parameters.
+
+    Attributes:
+        name: names its optimizer and its losses in logs and checkpoints.
+        interval: it runs at iterations divisible by this.
+        needs: the datasets it takes a batch from, among "images" and "pairs".
+    """
+
+    name: str = ""
+    interval: int = 1
+    needs: tuple[str, ...] = ()
+
+    def __init__(self):
+        super().__init__()
+        self.frozen: dict[str, nn.Module] = {}
+
+    def models(self) -> dict[str, ModelMixin]:
+        """The trained networks by the name of their checkpoint folder; the first one is what the stage is for."""
+        raise NotImplementedError
+
+    def claim(self):
+        """Makes this turn's networks trainable and the others not, until another turn claims them.
+
+        It holds through the backward pass, since gradient checkpointing runs the forward again in there.
+        """
+        for module in self.frozen.values():
+            module.requires_grad_(False)
+        self.requires_grad_(True)
+
+    def forward(self, batch: dict[str, dict[str, torch.Tensor]], draw: Draws) -> Losses:
+        """The per-sample losses [B] by name; the one called "loss" is to be minimised."""
+        raise NotImplementedError
+
+
+class DenoisingTurn(Turn):
+    """Trains a teacher: denoising score matching at ln(sigma/alpha) ~ N(mean, std^2) (arXiv 2206.00364, table 1).
+
+    Args:
+        denoiser: the network to train.
+        log_sigma_mean, log_sigma_std: EDM's P_mean and P_std.
+    """
+
+    name = "teacher"
+    needs = ("images",)
+
+    def __init__(self, denoiser: Denoiser, log_sigma_mean: float = -1.2, log_sigma_std: float = 1.2):
+        super().__init__()
+        self.denoiser = denoiser
+        self.log_sigma = (log_sigma_mean, log_sigma_std)
+
+    def models(self):
+        return {"unet": self.denoiser.model}
+
+    def forward(self, batch, draw):
+        x0, cond = batch["images"]["images"], batch["images"]["labels"]
+        schedule, (mean, std) = self.denoiser.schedule, self.log_sigma
+        ratio = (draw.normal().double().cpu() * std + mean).exp().clamp(*schedule.ratios[[0, -1]].tolist())
+        t = schedule.from_ratio(ratio)
+        x_t = schedule.add_noise(x0, draw.normal(*x0.shape[1:]), t)
+        return {"loss": denoising_loss(self.denoiser(x_t, t, cond), x0, schedule.loss_weight(t))}
+
+
+class TSMTurn(Turn):
+    """Teacher score matching: a student without the teacher's weights first learns the teacher's denoiser."""
+
+    name = "student"
+    needs = ("images",)
+
+    def __init__(self, student: Denoiser, teacher: Denoiser):
+        super().__init__()
+        self.student = student
+        self.frozen = {"teacher": teacher}
+
+    def models(self):
+        return {"student": self.student.model}
+
+    def forward(self, batch, draw):
+        x0, cond = batch["images"]["images"], batch["images"]["labels"]
+        schedule = self.student.schedule
+        t = draw.index(0, schedule.last)
+        x_t = schedule.add_noise(x0, draw.normal(*x0.shape[1:]), t)
+        with torch.no_grad():
+            teacher_x0 = self.frozen["teacher"](x_t, t, cond)
+        return {"loss": tsm_loss(self.student(x_t, t, cond), teacher_x0, schedule.loss_weight(t))}
+
+
+class StudentTurn(Turn):
+    """The generator's turn of DM and ADM: KL gradient, plus regression on pairs (DM) or the GAN term (ADM).
+
+    Args:
+        student, teacher, fake_score: the three networks; only the student is trained here.
+        conditions: the part's conditions [n, ...], drawn from uniformly.
+        config: weights.
+        discriminator: the GAN head; with it the GAN term is added, without it the regression.
+    """
+
+    name = "student"
+
+    def __init__(
+        self,
+        student: Denoiser,
+        teacher: Denoiser,
+        fake_score: Denoiser,
+        conditions: torch.Tensor,
+        config: StageConfig,
+        discriminator: DiscriminatorHead | None = None,
+    ):
+        super().__init__()
+        self.student = student
+        self.frozen = {"teacher": teacher, "fake_score": fake_score}
+        if discriminator is not None:
+            self.frozen["discriminator"] = discriminator
+        self.conditions = conditions
+        self.config = config
+        self.interval = config.student_update_interval[0]
+        self.regression = discriminator is None and config.regression_weight > 0
+        self.distance = DISTANCES[config.regression_distance]() if self.regression else None
+        self.needs = ("pairs",) if self.regression else ()
+
+    def models(self):
+        return {"student": self.student.model}
+
+    def forward(self, batch, draw):
+        z, cond = draw_inputs(self.student, self.conditions, draw)
+        if self.regression:
+            pairs = batch["pairs"]
+            # One forward for both terms: the network is called once per backward, as DDP wants it.
+            x, x_pairs = self.student.generate(
+                torch.cat([z, pairs["noise"]]), torch.cat([cond, pairs["labels"]])
+            ).chunk(2)
+        else:
+            x = self.student.generate(z, cond)
+        losses = {"dm": self.dm(x, cond, draw)}
+        loss = losses["dm"]
+        if self.regression:
+            losses["regression"] = regression_loss(x_pairs, pairs["images"], self.distance)
+            loss = loss + self.config.regression_weight * losses["regression"]
+        if "discriminator" in self.frozen:
+            losses["gan"] = gan_generator_loss(self.fake_logits(x, cond, draw))
+            loss = loss + self.config.gan_generator_weight / x[0].numel() * losses["gan"]
+        return {"loss": loss, **losses}
+
+    def dm(self, x: torch.Tensor, cond: torch.Tensor, draw: Draws) -> torch.Tensor:
+        """`dm_loss` [B] at t uniform in [dm_t_min, dm_t_max]; the teacher alone is guided."""
+        schedule = self.student.schedule
+        t = draw.index(*schedule.index_range(self.config.dm_t_min, self.config.dm_t_max))
+        with torch.no_grad():
+            x_t = schedule.add_noise(x, draw.normal(*x.shape[1:]), t)
+            teacher_x0 = self.frozen["teacher"](x_t, t, cond, self.config.guidance_scale)
+            fake_x0 = self.frozen["fake_score"](x_t, t, cond)
+        return dm_loss(x, teacher_x0, fake_x0)
+
+    def fake_logits(self, x: torch.Tensor, cond: torch.Tensor, draw: Draws) -> torch.Tensor:
+        """The head's logits [B] on the noised samples, with gradient to x."""
+        schedule = self.student.schedule
+        t = draw.index(0, schedule.last)
+        x_t = schedule.add_noise(x, draw.normal(*x.shape[1:]), t)
+        return self.frozen["discriminator"](self.frozen["fake_score"].features(x_t, t, cond))
+
+
+class CriticTurn(Turn):
+    """The critic's turn of DM and ADM: the fake score follows the student, the head tells its samples from real ones.
+
+    The head's gradient reaches the fake score's encoder; its decoder learns from the denoising loss alone.
+
+    Args:
+        student: read only here.
+        fake_score: trained.
+        conditions: the part's conditions [n, ...], drawn from uniformly.
+        config: weights.
+        discriminator: the GAN head, trained; None in the DM stage.
+    """
+
+    name = "critic"
+
+    def __init__(
+        self,
+        student: Denoiser,
+        fake_score: Denoiser,
+        conditions: torch.Tensor,
+        config: StageConfig,
+        discriminator: DiscriminatorHead | None = None,
+    ):
+        super().__init__()
+        self.fake_score = fake_score
+        self.discriminator = discriminator
+        self.frozen = {"student": student}
+        self.conditions = conditions
+        self.config = config
+        self.needs = () if discriminator is None else ("images",)
+
+    def models(self):
+        models = {"fake_score": self.fake_score.model}
+        return models if self.discriminator is None else {**models, "discriminator": self.discriminator}
+
+    def forward(self, batch, draw):
+        schedule = self.fake_score.schedule
+        z, cond = draw_inputs(self.frozen["student"], self.conditions, draw)
+        with torch.no_grad():
+            x = self.frozen["student"].generate(z, cond)
+        t = draw.index(0, schedule.last)
+        x_t = schedule.add_noise(x, draw.normal(*x.shape[1:]), t)
+        fake_loss = denoising_loss(self.fake_score(x_t, t, cond), x, schedule.loss_weight(t))
+        if self.discriminator is None:
+            return {"loss": fake_loss, "fake_score": fake_loss}
+        real, real_cond = batch["images"]["images"], batch["images"]["labels"]
+        # Real and fake get independent noise and levels, and run through the encoder as one batch.
+        t = torch.cat([draw.index(0, schedule.last), draw.index(0, schedule.last)])
+        noise = torch.cat([draw.normal(*x.shape[1:]), draw.normal(*x.shape[1:])])
+        x_t = schedule.add_noise(torch.cat([x, real]), noise, t)
+        logits = self.discriminator(self.fake_score.features(x_t, t, torch.cat([cond, real_cond])))
+        fake_logits, real_logits = logits.chunk(2)
+        gan_loss = gan_discriminator_loss(fake_logits, real_logits)
+        accuracy = ((fake_logits < 0).float() + (real_logits > 0).float()) / 2
+        loss = fake_loss + self.config.gan_critic_weight * gan_loss
+        return {"loss": loss, "fake_score": fake_loss, "gan": gan_loss, "gan_accuracy": accuracy.detach()}
+
+
+def draw_inputs(student: Denoiser, conditions: torch.Tensor, draw: Draws) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noise z [B, C, H, W] and conditions [B, ...] for the one step."""
+    rows = draw.index(0, len(conditions) - 1)
+    return draw.normal(*sample_shape(student.model)), conditions[rows].to(draw.device)
+
+
+def sample_shape(model: ModelMixin) -> tuple[int, int, int]:
+    """(C, H, W) of a model's samples; `sample_size` may be one number or (H, W)."""
+    size = model.config.sample_size
+    return (model.config.in_channels, *((size, size) if isinstance(size, int) else size))
+
+
+def create_discriminator(fake_score: Denoiser, cond: torch.Tensor) -> DiscriminatorHead:
+    """A fresh head that fits the features of `fake_score`; `cond` [1, ...] is any valid condition."""
+    with torch.no_grad():
+        x = torch.zeros(1, *sample_shape(fake_score.model), device=cond.device)
+        _, channels, size, _ = fake_score.features(x, fake_score.schedule.last, cond).shape
+    return DiscriminatorHead(channels, size)
+
+
+def build_stage(
+    name: str,
+    student: Denoiser,
+    teacher: Denoiser,
+    fake_score: Denoiser | None,
+    conditions: torch.Tensor,
+    config: StageConfig,
+) -> list[Turn]:
+    """The turns of stage "tsm", "dm" or "adm" in the order they run (arXiv 2410.23274; method of arXiv 2405.14867).
+
+    Args:
+        name: one of `STAGES`.
+        student, teacher, fake_score: the networks; `fake_score` is not used by "tsm".
+        conditions: the conditions of the student's part [n, ...].
+        config: weights and schedules.
+
+    Raises:
+        ValueError: for an unknown stage.
+    """
+    if name == "tsm":
+        return [TSMTurn(student, teacher)]
+    if name == "dm":
+        head = None
+    elif name == "adm":
+        head = create_discriminator(fake_score, conditions[:1])
+    else:
+        raise ValueError(f"stages: {name!r} is none of {', '.join(STAGES)}")
+    return [
+        StudentTurn(student, teacher, fake_score, conditions, config, head),
+        CriticTurn(student, fake_score, conditions, config, head),
+    ]

@@ -1,0 +1,191 @@
+# Copyright 2026 The diffusers_msd authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The rooms: which module may import which, what serving drags in, and that nothing is ever unpickled."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "src" / "diffusers_msd"
+
+# Every arrow between modules of the package; docs/architecture.md argues them. A new one is a decision: add it here.
+ARROWS: dict[str, set[str]] = {
+    "__init__": {"denoiser", "hub", "pipeline_msd", "routing", "sampling", "schedule", "students"},
+    # on their own
+    "config": set(),
+    "data": set(),
+    "discriminator": set(),
+    "draws": set(),
+    "files": set(),
+    "objectives": set(),
+    "schedule": set(),
+    "students": set(),
+    "training_config": set(),
+    # networks and routing
+    "denoiser": {"schedule"},
+    "sampling": {"denoiser"},
+    "routing": {"files"},
+    # files of teachers, runs and pictures
+    "teachers": {"files"},
+    "checkpoint": {"files"},
+    "runs": {"files"},
+    "grids": {"files"},
+    "plots": {"grids", "runs"},
+    "metrics": {"files"},
+    "pairs": {"denoiser", "files", "sampling"},
+    # training
+    "stages": {"denoiser", "discriminator", "draws", "objectives"},
+    "training": {"checkpoint", "draws", "files", "stages", "training_config"},
+    # serving
+    "hub": {"files", "routing"},
+    "pipeline_msd": {"denoiser", "hub", "routing", "schedule"},
+}
+TRAINING = {
+    "checkpoint",
+    "data",
+    "discriminator",
+    "draws",
+    "objectives",
+    "pairs",
+    "runs",
+    "stages",
+    "training",
+    "training_config",
+}
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), str(path))
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of the package that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.ImportFrom):
+            source = ("diffusers_msd." if node.level else "") + (node.module or "")
+            if source.rstrip(".") == "diffusers_msd":
+                found |= {a.name if (PACKAGE / f"{a.name}.py").is_file() else "__init__" for a in node.names}
+            elif source.startswith("diffusers_msd."):
+                found.add(source.split(".")[1])
+        elif isinstance(node, ast.Import):
+            names = [a.name.split(".") for a in node.names]
+            found |= {(name + ["__init__"])[1] for name in names if name[0] == "diffusers_msd"}
+    return found
+
+
+def reached(start: str) -> set[str]:
+    """What `start` imports, directly or through others."""
+    found, ahead = set(), [start]
+    while ahead:
+        new = imports(PACKAGE / f"{ahead.pop()}.py") - found
+        found |= new
+        ahead += new
+    return found
+
+
+def test_every_module_has_its_place_in_the_table():
+    assert {path.stem for path in PACKAGE.rglob("*.py")} == set(ARROWS)
+    assert TRAINING < set(ARROWS)
+
+
+@pytest.mark.parametrize("module", ARROWS)
+def test_a_module_imports_exactly_what_the_table_says(module):
+    assert imports(PACKAGE / f"{module}.py") == ARROWS[module]
+
+
+def test_the_arrows_have_no_cycle():
+    for module in ARROWS:
+        assert module not in reached(module)
+
+
+@pytest.mark.parametrize("module", ["pipeline_msd", "__init__"])
+def test_serving_reaches_no_training_module(module):
+    assert reached(module).isdisjoint(TRAINING | {"metrics", "plots"})
+
+
+def test_the_trainer_does_not_know_the_method():
+    assert imports(PACKAGE / "training.py").isdisjoint({"objectives", "denoiser", "schedule", "discriminator"})
+
+
+def test_importing_the_package_loads_neither_training_code_nor_its_libraries():
+    unwanted = [
+        *(f"diffusers_msd.{name}" for name in sorted(TRAINING | {"metrics", "plots", "config", "teachers"})),
+        *("datasets", "sklearn", "torchmetrics", "torchvision", "lpips", "matplotlib", "tensorboard"),
+    ]
+    code = f"import sys, diffusers_msd; print([m for m in {unwanted} if m in sys.modules])"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(PACKAGE.parent), "HF_HUB_OFFLINE": "1"},
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip().splitlines()[-1] == "[]"
+
+
+def dotted(node: ast.expr) -> str:
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+UNPICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+
+
+def unpickling(tree: ast.AST) -> list[str]:
+    """What in a file could unpickle: such modules, torch.load and its relatives, np.load unless told not to."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [a.name for a in node.names if a.name.split(".")[0] in UNPICKLERS]
+        elif isinstance(node, ast.ImportFrom):
+            names = {a.name for a in node.names}
+            if (node.module or "").split(".")[0] in UNPICKLERS or (node.module == "torch" and names & {"load", "hub"}):
+                found.append(f"from {node.module}")
+        elif isinstance(node, ast.Call):
+            name, keywords = dotted(node.func), {k.arg: k.value for k in node.keywords}
+            if name in {"torch.load", "torch.jit.load", "torch.hub.load", "pd.read_pickle", "pandas.read_pickle"}:
+                found.append(name)
+            if name in {"np.load", "numpy.load"} and not (
+                isinstance(keywords.get("allow_pickle"), ast.Constant) and keywords["allow_pickle"].value is False
+            ):
+                found.append(name)
+            if name.endswith(".load_state") or name.endswith(".load_state_dict_from_url"):
+                found.append(name)  # accelerate's and torch's own, which call torch.load
+            flags = {"use_safetensors": False, "weights_only": False, "allow_pickle": True}
+            found += [
+                f"{name}({k}={flag})"
+                for k, flag in flags.items()
+                if isinstance(keywords.get(k), ast.Constant) and keywords[k].value is flag
+            ]
+    return found
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import pickle",
+        "from pickle import load",
+        "torch.load(path)",
+        "torch.load(path, weights_only=True)",
+        "np.load(path)",
+        "np.load(path, allow_pickle=True)",
+        "accelerator.load_state(path)",
+        "UNet2DModel.from_pretrained(path, use_safetensors=False)",
+    ],
+)
+def test_the_check_for_unpickling_sees(code):
+    assert unpickling(ast.parse(code))
+
+
+def test_nothing_is_ever_unpickled():
+    files = [*PACKAGE.rglob("*.py"), *(ROOT / "training_scripts").rglob("*.py"), ROOT / "setup.py"]
+    assert len(files) > len(ARROWS)
+    assert {str(path.relative_to(ROOT)): found for path in files if (found := unpickling(parse(path)))} == {}

@@ -1,0 +1,124 @@
+# Copyright 2026 The diffusers_msd authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The whole method on scikit-learn's digits in minutes: pairs -> partition -> [TSM ->] DM -> ADM -> pipeline -> table.
+
+    python training_scripts/quickstart.py
+
+Distils the shipped teacher into one student (K=1), two students (K=2) and two smaller students, through the same
+scripts a real run uses. Students do not depend on each other, so one runs per CPU core. It ends with samples.png,
+learning_curves.png and a table in the output folder, and can be interrupted: run again, it continues.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+
+SCRIPTS = Path(__file__).resolve().parent
+TEACHER = SCRIPTS / "assets" / "digits-teacher"
+FEATURES = SCRIPTS / "assets" / "features-digits"
+
+# Name of the run, its config, K, what it differs in.
+RUNS = [
+    ("K=2 smaller", "digits_msd_small.yaml", 2),
+    ("K=2", "digits_msd.yaml", 2),
+    ("K=1", "digits_msd.yaml", 1),
+]
+
+
+def script(name: str, *arguments) -> list[str]:
+    return [sys.executable, str(SCRIPTS / name), *(str(a) for a in arguments)]
+
+
+def run(command: list[str], log: Path, threads: int):
+    """Runs a script with its output in a log file; a failure shows the end of it."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    with log.open("ab") as file:
+        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
+    if code:
+        tail = log.read_text(errors="replace").replace("\r", "\n").splitlines()[-15:]
+        raise RuntimeError(f"{Path(command[1]).name} ended with status {code}; the end of {log}:\n" + "\n".join(tail))
+
+
+def steps_done(output_dir: Path) -> int:
+    """Iterations logged so far by all students."""
+    lines = [log.read_text().splitlines() for log in output_dir.glob("*/student_*/*/log.jsonl")]
+    return sum(int(last.split('"step": ')[1].split(",")[0].rstrip("}")) for *_, last in filter(None, lines))
+
+
+def train_all(output_dir: Path, pairs: Path, seed: int, workers: int):
+    """Trains every student of every run, `workers` at a time, with one progress bar over all iterations."""
+    import yaml
+
+    jobs, total = [], 0
+    for name, config, k in RUNS:
+        total += k * sum(yaml.safe_load((SCRIPTS / "configs" / config).read_text())["max_train_steps"])
+        for index in range(k):
+            folder = output_dir / name.replace(" ", "_")
+            command = script(
+                "train_msd.py", "--config", SCRIPTS / "configs" / config, "--pretrained_teacher_model", TEACHER,
+                "--validation_feature_net", FEATURES, "--pairs_dir", pairs, "--num_students", k,
+                "--student_index", index, "--seed", seed, "--output_dir", folder,
+                "--resume_from_checkpoint", "latest",
+            )  # fmt: skip
+            jobs.append((command, output_dir / f"{folder.name}_student_{index}.log"))
+    bar = tqdm(total=total, desc="distilling 5 students", unit="it", initial=steps_done(output_dir))
+    with bar, ThreadPoolExecutor(workers) as pool:
+        threads = max(1, (os.cpu_count() or 1) // workers)
+        futures = [pool.submit(run, *job, threads) for job in jobs]
+        while not all(f.done() for f in futures):
+            time.sleep(1)
+            bar.update(steps_done(output_dir) - bar.n)
+            if any(f.done() and f.exception() for f in futures):
+                pool.shutdown(cancel_futures=True)
+        for future in futures:
+            if not future.cancelled():
+                future.result()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", default="runs/quickstart", help="Folder of everything that is made.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the training.")
+    parser.add_argument("--workers", type=int, default=min(5, os.cpu_count() or 1), help="Students at a time.")
+    arguments = parser.parse_args()
+    output_dir = Path(arguments.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+
+    print("1/3 pairs: the shipped teacher draws its own samples")
+    pairs = output_dir / "pairs"
+    run(
+        script("generate_pairs.py", "--pretrained_teacher_model", TEACHER, "--output_dir", pairs, "--num_pairs", 2000),
+        output_dir / "pairs.log",
+        threads=os.cpu_count() or 1,
+    )
+    print(f"2/3 students: {arguments.workers} at a time")
+    train_all(output_dir, pairs, arguments.seed, arguments.workers)
+    print("3/3 evaluation")
+    models = [f"teacher={TEACHER}"] + [f"{name}={output_dir / name.replace(' ', '_')}" for name, _, _ in RUNS[::-1]]
+    results = output_dir / "results"
+    run(
+        script("evaluate.py", "--models", *models, "--dataset_name", "digits", "--feature_net", FEATURES,
+               "--num_images", 2000, "--output_dir", results),
+        output_dir / "evaluate.log",
+        threads=os.cpu_count() or 1,
+    )  # fmt: skip
+    print((results / "results.md").read_text())
+    print(f"Pictures: {results / 'samples.png'}, {results / 'learning_curves.png'}")
+    print(f"Use it:   MultiStudentPipeline.from_pretrained({str(output_dir / 'K=2')!r})(class_labels=[3, 7])")
+    print(f"Took {time.monotonic() - began:.0f} s.")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except RuntimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
