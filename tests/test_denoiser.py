@@ -266,7 +266,7 @@ def test_generate_does_not_clamp():
 
 @pytest.mark.parametrize("outer", [False, True], ids=["alone", "inside_autocast"])
 def test_a_no_grad_call_does_not_cut_the_gradient_of_the_next(case, outer):
-    # torch's autocast keeps casted weights; those cast under no_grad have no gradient.
+    # torch's autocast keeps the weights it has cast; before torch 2.13 those cast under no_grad had no gradient.
     denoiser, x_t, t, cond = case(autocast_dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16, enabled=outer):
         with torch.no_grad():

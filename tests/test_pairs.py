@@ -192,15 +192,15 @@ def test_pairs_of_another_teacher_are_refused(teacher, tmp_path):
     generate(teacher, tmp_path, num_pairs=2, fingerprint=made_by)
     PairDataset(tmp_path, made_by)
     other = model_fingerprint(tiny_unet(seed=1), edm_scheduler())
-    with pytest.raises(ValueError, match=f"path: .*another teacher.*{made_by[:12]}.*{other[:12]}.*generate_pairs.py"):
+    with pytest.raises(ValueError, match=f"pairs_dir: .*another teacher.*{made_by[:12]}.*{other[:12]}.*generate_pairs.py"):
         PairDataset(tmp_path, other)
 
 
 def test_a_folder_without_pairs_and_a_broken_index_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="path: .*none holds no index.json"):
+    with pytest.raises(FileNotFoundError, match="pairs_dir: .*none holds no index.json"):
         PairDataset(tmp_path / "none")
     (tmp_path / "index.json").write_text('{"num_pairs": ')
-    with pytest.raises(ValueError, match="path: .*index.json is no JSON"):
+    with pytest.raises(ValueError, match="pairs_dir: .*index.json is no JSON"):
         PairDataset(tmp_path)
 
 

@@ -57,7 +57,9 @@ def exact_map(schedule: NoiseSchedule, z: torch.Tensor) -> torch.Tensor:
 def test_heun_solves_the_probability_flow_of_a_gaussian_at_second_order(schedule):
     schedule = schedule()
     errors = {
-        n: float((sample_heun(GaussianDenoiser(schedule), noise(), num_steps=n) - exact_map(schedule, noise())).abs().max())
+        n: float(
+            (sample_heun(GaussianDenoiser(schedule), noise(), num_steps=n) - exact_map(schedule, noise())).abs().max()
+        )
         for n in (18, 64, 128, 256)
     }
     assert errors[18] < 0.1 and errors[256] < 5e-4

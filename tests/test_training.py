@@ -58,12 +58,15 @@ class Pairs(PairDataset):
         return batch if self.at is None else {**batch, "images": self.at(next(self.calls), batch["images"])}
 
 
-@pytest.fixture(scope="session")
-def pairs_dir(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pairs")
+def make_pairs(folder: Path) -> Path:
     settings = {"num_classes": 4, "image_shape": (1, 8, 8), "fingerprint": "f" * 64, "num_steps": 2}
     generate_pairs(denoiser_for(tiny_unet(), SCHEDULE), folder, NUM_ITEMS, progress=False, **settings)
     return folder
+
+
+@pytest.fixture(scope="module")
+def pairs_dir(tmp_path_factory):
+    return make_pairs(tmp_path_factory.mktemp("pairs"))
 
 
 def make_turns(case: str, seed: int = 0, interval: int = 3):
@@ -95,9 +98,9 @@ def make_config(**changes) -> TrainingConfig:
     return TrainingConfig(**{**settings, **changes})
 
 
-def make_trainer(case, folder, datasets, seed=0, interval=3, validate=None, **changes) -> Trainer:
+def make_trainer(case, folder, datasets, start=0, interval=3, validate=None, **changes) -> Trainer:
     config = make_config(**changes)
-    turns = make_turns(case, seed, interval)
+    turns = make_turns(case, start, interval)
     accelerator = create_accelerator(config, Path(folder))
     return Trainer(accelerator, turns, datasets, config, folder, case, validate=validate)
 
@@ -165,7 +168,7 @@ def test_resumed_run_equals_uninterrupted_run_bit_for_bit(case, tmp_path, datase
     shutil.copy(whole / "log.jsonl", resumed)
     before = hashes(resumed / "checkpoint-5")
     # Other starting weights, to show that all of them are read back.
-    make_trainer(case, resumed, datasets, seed=50, resume_from_checkpoint="latest", **split).fit()
+    make_trainer(case, resumed, datasets, start=50, resume_from_checkpoint="latest", **split).fit()
 
     assert_same_run(whole, resumed)
     assert [line["step"] for line in log_of(whole)] == [3, 6, 8]
@@ -194,7 +197,7 @@ def test_run_without_ema_resumes_bit_for_bit_too(tmp_path, datasets):
     make_trainer("tsm", whole, datasets, ema_decay=0.0).fit()
     shutil.copytree(whole / "checkpoint-5", resumed / "checkpoint-5")
     shutil.copy(whole / "log.jsonl", resumed)
-    make_trainer("tsm", resumed, datasets, seed=50, ema_decay=0.0, resume_from_checkpoint="checkpoint-5").fit()
+    make_trainer("tsm", resumed, datasets, start=50, ema_decay=0.0, resume_from_checkpoint="checkpoint-5").fit()
     assert_same_run(whole, resumed)
     assert not (whole / "checkpoint-5" / "student_ema").exists()
 
@@ -222,7 +225,7 @@ def test_interrupted_run_writes_a_checkpoint_and_resumes_bit_for_bit(signum, tmp
     assert (broken / "checkpoint-6").is_dir() and not (broken / "final").exists()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
-    make_trainer("adm", broken, datasets, seed=50, resume_from_checkpoint="latest", **settings).fit()
+    make_trainer("adm", broken, datasets, start=50, resume_from_checkpoint="latest", **settings).fit()
     assert_same_run(whole, broken)
     assert [line["step"] for line in log_of(broken) if "validation/norm" in line] == [2, 4, 6, 8]
 

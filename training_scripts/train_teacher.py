@@ -112,8 +112,9 @@ def main():
     final = trainer.fit()
     if accelerator.is_main_process:
         unet = load_model(UNet2DModel, final / "unet", "output_dir")
-        record = {"dataset": vars(data_config), "teacher": vars(teacher_config), "training": vars(config)}
-        save_teacher(output_dir, unet, scheduler, record)
+        settings = {**vars(data_config), **vars(teacher_config), **vars(config)}
+        del settings["output_dir"], settings["resume_from_checkpoint"]
+        save_teacher(output_dir, unet, scheduler, {"settings": settings})
     accelerator.end_training()
 
 

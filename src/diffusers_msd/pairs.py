@@ -55,7 +55,7 @@ class PairDataset(torch.utils.data.Dataset):
     As with `ImageDataset`, a batch comes whole from `__getitems__`.
 
     Args:
-        path: a folder made by `generate_pairs`.
+        pairs_dir: a folder made by `generate_pairs`.
         teacher_fingerprint: `files.model_fingerprint` of the teacher; None leaves that unchecked.
 
     Raises:
@@ -63,13 +63,13 @@ class PairDataset(torch.utils.data.Dataset):
         ValueError: the pairs were made by another teacher, or a shard is missing or corrupt (it is named).
     """
 
-    def __init__(self, path: str | Path, teacher_fingerprint: str | None = None):
-        path = Path(path)
-        index = _read_index(path, "path")
+    def __init__(self, pairs_dir: str | Path, teacher_fingerprint: str | None = None):
+        path = Path(pairs_dir)
+        index = _read_index(path, "pairs_dir")
         if teacher_fingerprint not in (None, index["fingerprint"]):
             raise ValueError(
-                f"path: the pairs at {path} were made by another teacher (fingerprint {index['fingerprint'][:12]}, "
-                f"this teacher's is {teacher_fingerprint[:12]}); make this teacher's pairs with "
+                f"pairs_dir: the pairs at {path} were made by another teacher (fingerprint "
+                f"{index['fingerprint'][:12]}, this teacher's is {teacher_fingerprint[:12]}); make this teacher's pairs with "
                 "training_scripts/generate_pairs.py in another --output_dir"
             )
         shards = []
@@ -227,9 +227,9 @@ def _shard_name(shard: int) -> str:
 def _read_shard(folder: Path, index: dict, shard: int) -> dict[str, torch.Tensor]:
     """The tensors (maps of the file), or an error that says why they are not what the index promises."""
     path = folder / _shard_name(shard)
-    tensors, metadata = load_tensors(path, "path")
+    tensors, metadata = load_tensors(path, "pairs_dir")
     if metadata.get("sha256") != sha256_of(tensors, index, {"shard": shard}):
-        raise ValueError(f"path: {path} is corrupt (its SHA-256 is not that of its content and {INDEX_NAME})")
+        raise ValueError(f"pairs_dir: {path} is corrupt (its SHA-256 is not that of its content and {INDEX_NAME})")
     return tensors
 
 

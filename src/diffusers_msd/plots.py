@@ -27,18 +27,16 @@ def plot_samples(samples: dict[str, torch.Tensor], path: Path):
         samples: by model name [num_classes, n, C, H, W] in [-1, 1], the same shape for all.
         path: of the PNG file.
     """
-    rows, n, _, height, width = next(iter(samples.values())).shape
-    scale = max(1, 32 // width)
-    side = n * width * scale / 100, rows * height * scale / 100
-    figure, axes = _figure(
-        1, len(samples), figsize=(len(samples) * side[0] * 1.1 + 0.6, side[1] + 0.4), squeeze=False, layout="tight"
-    )
-    for axis, (name, images) in zip(axes[0], samples.items()):
-        axis.imshow(image_grid(images.flatten(0, 1), columns=n), aspect="equal", interpolation="nearest")
+    grids = {name: image_grid(images.flatten(0, 1), columns=images.shape[1]) for name, images in samples.items()}
+    rows = len(next(iter(samples.values())))
+    width, height = next(iter(grids.values())).size
+    size = (len(grids) * (width / 100 + 0.2) + 0.4, height / 100 + 0.4)
+    figure, axes = _figure(1, len(grids), figsize=size, squeeze=False, layout="tight")
+    for axis, (name, grid) in zip(axes[0], grids.items()):
+        axis.imshow(grid, interpolation="nearest")
         axis.set_title(name, fontsize=9)
         axis.set_xticks([])
-        step = height * max(1, -(-32 // width))
-        axis.set_yticks([step * (i + 0.5) for i in range(rows)], labels=[str(i) for i in range(rows)], fontsize=7)
+        axis.set_yticks([height / rows * (i + 0.5) for i in range(rows)], labels=range(rows), fontsize=7)
     axes[0][0].set_ylabel("class", fontsize=8)
     figure.savefig(path, dpi=150)
 

@@ -153,8 +153,8 @@ class ClassRouter(ConditionRouter):
         sizes = torch.bincount(table, minlength=num_students)
         if (sizes == 0).any():
             raise ValueError(
-                f"class_to_student: it gives no class to students {torch.nonzero(sizes == 0).flatten().tolist()}; each of "
-                f"the {num_students} students needs at least one."
+                f"class_to_student: it gives no class to students {torch.nonzero(sizes == 0).flatten().tolist()}; "
+                f"each of the {num_students} students needs at least one."
             )
         self.class_to_student = table
         self.register_to_config(num_students=int(num_students), class_to_student=table.tolist())

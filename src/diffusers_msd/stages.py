@@ -48,6 +48,13 @@ class StageConfig:
     dm_t_max: float = field(
         default=0.98, metadata={"help": "Highest noise level of the DM loss, as a fraction of the schedule in (0, 1]."}
     )
+    gan_t_max: float = field(
+        default=1.0,
+        metadata={
+            "help": "Highest noise level at which the discriminator compares, as a fraction of the schedule in (0, 1]; "
+            "small images drown in less noise than DMD2's full range has."
+        },
+    )
     guidance_scale: float | None = field(
         default=None, metadata={"help": "Classifier-free guidance on the teacher in the DM loss (none by default)."}
     )
@@ -66,19 +73,28 @@ class StageConfig:
             "(DMD2: 3e-3 * 12288 = 37 on ImageNet-64), so that it carries over to other image sizes."
         },
     )
+    gan_warmup_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Iterations at the start of the ADM stage in which only the critic learns, so that the student "
+            "does not follow an untrained discriminator; DMD2 has none."
+        },
+    )
     gan_critic_weight: float = field(
         default=1e-2,
         metadata={"help": "Weight of the discriminator's loss against the fake score's in the ADM stage."},
     )
 
     def __post_init__(self):
+        if not 0 < self.gan_t_max <= 1:
+            raise ValueError(f"gan_t_max: a number in (0, 1] expected, got {self.gan_t_max}")
         if not 0 <= self.dm_t_min < self.dm_t_max <= 1:
             raise ValueError(
                 f"dm_t_min, dm_t_max: 0 <= dm_t_min < dm_t_max <= 1 expected, got {self.dm_t_min}, {self.dm_t_max}"
             )
-        for name in ("regression_weight", "gan_generator_weight", "gan_critic_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: a weight >= 0 expected, got {getattr(self, name)}")
+        for name in ("regression_weight", "gan_generator_weight", "gan_critic_weight", "gan_warmup_steps"):
+            if vars(self)[name] < 0:
+                raise ValueError(f"{name}: a number >= 0 expected, got {vars(self)[name]}")
         if self.regression_distance not in DISTANCES:
             raise ValueError(
                 f"regression_distance: one of {', '.join(DISTANCES)} expected, got {self.regression_distance!r}"
@@ -92,17 +108,22 @@ class Turn(nn.Module):
 
     Attributes:
         name: names its optimizer and its losses in logs and checkpoints.
-        interval: it runs at iterations divisible by this.
+        interval, start: it runs at iterations start, start + interval, start + 2 interval, ...
         needs: the datasets it takes a batch from, among "images" and "pairs".
     """
 
     name: str = ""
     interval: int = 1
+    start: int = 0
     needs: tuple[str, ...] = ()
 
     def __init__(self):
         super().__init__()
         self.frozen: dict[str, nn.Module] = {}
+
+    def runs_before(self, step: int) -> int:
+        """How often it has run before iteration `step`."""
+        return max(0, -(-(step - self.start) // self.interval))
 
     def models(self) -> dict[str, ModelMixin]:
         """The trained networks by the name of their checkpoint folder; the first one is what the stage is for."""
@@ -203,6 +224,7 @@ class StudentTurn(Turn):
         self.conditions = conditions
         self.config = config
         self.interval = config.student_update_interval[0]
+        self.start = 0 if discriminator is None else config.gan_warmup_steps
         self.regression = discriminator is None and config.regression_weight > 0
         self.distance = DISTANCES[config.regression_distance]() if self.regression else None
         self.needs = ("pairs",) if self.regression else ()
@@ -243,7 +265,7 @@ class StudentTurn(Turn):
     def fake_logits(self, x: torch.Tensor, cond: torch.Tensor, draw: Draws) -> torch.Tensor:
         """The head's logits [B] on the noised samples, with gradient to x."""
         schedule = self.student.schedule
-        t = draw.index(0, schedule.last)
+        t = draw.index(*schedule.index_range(0, self.config.gan_t_max))
         x_t = schedule.add_noise(x, draw.normal(*x.shape[1:]), t)
         return self.frozen["discriminator"](self.frozen["fake_score"].features(x_t, t, cond))
 
@@ -295,7 +317,8 @@ class CriticTurn(Turn):
             return {"loss": fake_loss, "fake_score": fake_loss}
         real, real_cond = batch["images"]["images"], batch["images"]["labels"]
         # Real and fake get independent noise and levels, and run through the encoder as one batch.
-        t = torch.cat([draw.index(0, schedule.last), draw.index(0, schedule.last)])
+        levels = schedule.index_range(0, self.config.gan_t_max)
+        t = torch.cat([draw.index(*levels), draw.index(*levels)])
         noise = torch.cat([draw.normal(*x.shape[1:]), draw.normal(*x.shape[1:])])
         x_t = schedule.add_noise(torch.cat([x, real]), noise, t)
         logits = self.discriminator(self.fake_score.features(x_t, t, torch.cat([cond, real_cond])))

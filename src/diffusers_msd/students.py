@@ -42,10 +42,10 @@ def create_student(teacher, channels=None, blocks=None, seed=0):
     to denoise first (the TSM stage).
 
     Args:
-        teacher (`ModelMixin`): A `UNet2DModel` or `UNet2DConditionModel` of any dtype; any model when only copied. It is
-            not changed.
-        channels (sequence of `int`, *optional*): `block_out_channels`, one per level of the teacher, each a multiple of
-            its `norm_num_groups` and, where the level has attention, of its `attention_head_dim`.
+        teacher (`ModelMixin`): A `UNet2DModel` or `UNet2DConditionModel` of any dtype; any model when only copied. It
+            is not changed.
+        channels (sequence of `int`, *optional*): `block_out_channels`, one per level of the teacher, each a multiple
+            of its `norm_num_groups` and, where the level has attention, of its `attention_head_dim`.
         blocks (`int`, *optional*): `layers_per_block` at every level, at least 1.
         seed (`int`): Of the random weights; torch's global generators are left alone.
 
@@ -114,7 +114,8 @@ def check_student(student, teacher):
         # A family without the field, such as UNet2DModel without cross-attention, has None on both sides.
         if config.get(name) != teacher_config.get(name):
             raise ValueError(
-                f"student: it has {name}={config.get(name)}; the teacher's {name}={teacher_config.get(name)} is needed."
+                f"student: it has {name}={config.get(name)}; "
+                f"the teacher's {name}={teacher_config.get(name)} is needed."
             )
 
 

@@ -182,7 +182,7 @@ class Trainer:
                 # Dropout and whatever else uses the global generator follow the step too.
                 torch.manual_seed(derive_seed(self.config.seed, self.name, self.step, self.accelerator.process_index))
                 for turn in self.turns:
-                    if self.step % turn.interval == 0:
+                    if turn.runs_before(self.step + 1) > turn.runs_before(self.step):
                         self._run_turn(turn, batches[turn.name])
                 for schedule in self.schedules.values():
                     schedule.step()
@@ -243,8 +243,7 @@ class Trainer:
 
     def _batches(self, turn: Turn, need: str) -> Iterator[dict[str, torch.Tensor]]:
         dataset = self.datasets[need]
-        first = -(-self.step // turn.interval)
-        last = -(-self.max_steps // turn.interval)
+        first, last = turn.runs_before(self.step), turn.runs_before(self.max_steps)
         keys = (self.config.seed, self.name, turn.name, need)
 
         def indices() -> Iterator[list[int]]:
