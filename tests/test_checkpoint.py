@@ -144,7 +144,10 @@ def test_optimizer_of_another_network_is_refused_by_name(tmp_path):
     path = tmp_path / "optimizer.safetensors"
     save_optimizer(torch.optim.AdamW(torch.nn.Linear(3, 5).parameters()), path)
     with pytest.raises(ValueError, match=f"resume_from_checkpoint: .*{path.name}"):
-        load_optimizer(torch.optim.AdamW(torch.nn.Sequential(*[torch.nn.Linear(3, 5)] * 2, torch.nn.Linear(5, 1)).parameters()), path)
+        load_optimizer(
+            torch.optim.AdamW(torch.nn.Sequential(*[torch.nn.Linear(3, 5)] * 2, torch.nn.Linear(5, 1)).parameters()),
+            path,
+        )
 
 
 def test_weights_of_another_shape_are_refused_by_name(tmp_path):

@@ -24,6 +24,7 @@ from diffusers_msd.stages import (
     TSMTurn,
     build_stage,
     create_discriminator,
+    draw_inputs,
     sample_shape,
 )
 
@@ -316,22 +317,23 @@ def test_every_denoising_loss_is_weighed_by_lambda_at_its_own_level():
     def weighed(error, t):
         return SCHEDULE.loss_weight(t).float() * error.flatten() ** 2
 
-    _, critic, _, fake = echoing_stage("dm")
-    loss = critic({}, draws(100))["fake_score"]
+    student, fake, cond = AffineDenoiser(SCHEDULE), Echo(), torch.zeros(1).long()
+    loss = CriticTurn(student, fake, cond, no_regression())({}, draws(100))["fake_score"]
     x_t, t = fake.asked[0]
-    (x,) = critic.frozen["student"].generate(torch.zeros(1, 1, 1, 1)).detach()
-    assert torch.allclose(loss, weighed(x_t - x, t))
+    x = student.generate(*draw_inputs(student, cond, draws(100))).detach()
+    assert torch.allclose(loss, weighed(x_t - x, t), rtol=1e-3)
 
     batch, student = real_data(draws(100)), Echo()
     loss = TSMTurn(student, GaussianDenoiser(SCHEDULE, teacher_distribution))(batch, draws(100))["loss"]
     x_t, t = student.asked[0]
     assert t.unique().numel() > 50
-    assert torch.allclose(loss, weighed(x_t - gaussian_x0(x_t, expand(SCHEDULE.sigma(t), x_t), MEAN, STD), t))
+    error = x_t - gaussian_x0(x_t, expand(SCHEDULE.sigma(t), x_t), MEAN, STD)
+    assert torch.allclose(loss, weighed(error, t), rtol=1e-3, atol=1e-3)
 
     teacher = Echo()
     loss = DenoisingTurn(teacher)(batch, draws(100))["loss"]
     x_t, t = teacher.asked[0]
-    assert torch.allclose(loss, weighed(x_t - batch["images"]["images"], t), rtol=1e-4)
+    assert torch.allclose(loss, weighed(x_t - batch["images"]["images"], t), rtol=1e-3)
 
 
 def test_the_critic_sees_real_and_fake_at_independent_noise_each_under_its_own_name():
@@ -543,11 +545,13 @@ class AffineDenoiser(Denoiser):
 
     def __init__(self, schedule: NoiseSchedule, levels: int = 1):
         super().__init__(Affine(levels), schedule)
-        self.times = schedule.timestep(torch.arange(schedule.num_timesteps)).float()
+        times = schedule.timestep(torch.arange(schedule.num_timesteps)).float()
+        self.between = (times[1:] + times[:-1]) / 2
 
     def call_network(self, x, timestep, cond):
-        nearest = (timestep[:, None] - self.times).abs().argmin(1)
-        level = nearest.clamp(max=len(self.model.gain) - 1)[:, None, None, None]
+        level = torch.bucketize(timestep.contiguous(), self.between).clamp(max=len(self.model.gain) - 1)[
+            :, None, None, None
+        ]
         return self.model.gain[level] * x + self.model.bias[level]
 
     def distribution(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -68,7 +68,7 @@ class NoiseSchedule:
         """
         config = scheduler.config
         if isinstance(scheduler, EDM_SCHEDULERS):
-            return _edm_schedule(config)
+            return _edm_schedule(scheduler)
         if isinstance(scheduler, CMStochasticIterativeScheduler):
             sigmas = torch.as_tensor(_karras(config.sigma_min, config.sigma_max, config.rho, 1000))
             ones = torch.ones_like(sigmas)
@@ -76,7 +76,9 @@ class NoiseSchedule:
         if isinstance(scheduler, FLOW_SCHEDULERS):
             n = config.num_train_timesteps
             s = torch.arange(1, n + 1, dtype=torch.float64) / n
-            sigmas = config.shift * s / (1 + (config.shift - 1) * s)
+            # With dynamic shifting the scheduler shifts by image size when it samples, not in training.
+            shift = 1.0 if config.get("use_dynamic_shifting") else config.shift
+            sigmas = shift * s / (1 + (shift - 1) * s)
             return cls(1 - sigmas, sigmas, "flow", lambda t, sigma: n * sigma, noise_scale=1.0)
         if "beta_schedule" in config:
             return _ddpm_schedule(scheduler)
@@ -185,7 +187,7 @@ class NoiseSchedule:
         """The inclusive index range that `sample_t` draws from."""
         if not 0 <= low < high <= 1:
             raise ValueError(f"low, high: fractions with 0 <= low < high <= 1 expected, got {low} and {high}")
-        return round(low * self.num_timesteps), min(round(high * self.num_timesteps), self.last)
+        return tuple(min(round(fraction * self.num_timesteps), self.last) for fraction in (low, high))
 
 
 def expand(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -211,24 +213,31 @@ def _ddpm_time(t: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     return t
 
 
-def _edm_schedule(config) -> NoiseSchedule:
+def _prediction(scheduler: SchedulerMixin, known: dict[str, str]) -> str:
+    """The key of `PREDICTIONS` for a scheduler's `prediction_type`."""
+    prediction = scheduler.config.prediction_type
+    if prediction not in known:
+        raise ValueError(
+            f"scheduler: prediction_type {prediction!r} of {type(scheduler).__name__} is not supported; "
+            f"allowed: {', '.join(known)}"
+        )
+    return known[prediction]
+
+
+def _edm_schedule(scheduler: SchedulerMixin) -> NoiseSchedule:
+    config = scheduler.config
     n = config.num_train_timesteps
     if config.sigma_schedule == "karras":
         sigmas = _karras(config.sigma_min, config.sigma_max, config.rho, n)
     else:
         sigmas = np.geomspace(config.sigma_min, config.sigma_max, n, dtype=np.float64)
-    prediction = {"epsilon": "edm", "v_prediction": "edm_v"}[config.prediction_type]
+    prediction = _prediction(scheduler, {"epsilon": "edm", "v_prediction": "edm_v"})
     sigmas = torch.as_tensor(sigmas)
     return NoiseSchedule(torch.ones_like(sigmas), sigmas, prediction, _edm_time, config.sigma_max, config.sigma_data)
 
 
 def _ddpm_schedule(scheduler: SchedulerMixin) -> NoiseSchedule:
-    prediction = scheduler.config.prediction_type
-    if prediction not in ("epsilon", "v_prediction", "sample"):
-        raise ValueError(
-            f"scheduler: prediction_type {prediction!r} of {type(scheduler).__name__} is not supported; "
-            "allowed: epsilon, v_prediction, sample"
-        )
+    prediction = _prediction(scheduler, {p: p for p in ("epsilon", "v_prediction", "sample")})
     alpha_bar = scheduler.alphas_cumprod.double()
     if prediction == "epsilon" and float(alpha_bar[-1]) == 0:
         raise ValueError(

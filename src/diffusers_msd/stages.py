@@ -93,8 +93,10 @@ class StageConfig:
                 f"dm_t_min, dm_t_max: 0 <= dm_t_min < dm_t_max <= 1 expected, got {self.dm_t_min}, {self.dm_t_max}"
             )
         for name in ("regression_weight", "gan_generator_weight", "gan_critic_weight", "gan_warmup_steps"):
-            if vars(self)[name] < 0:
+            if not vars(self)[name] >= 0:  # a NaN is refused too
                 raise ValueError(f"{name}: a number >= 0 expected, got {vars(self)[name]}")
+        if min(self.student_update_interval) < 1:
+            raise ValueError(f"student_update_interval: at least 1 expected, got {self.student_update_interval}")
         if self.regression_distance not in DISTANCES:
             raise ValueError(
                 f"regression_distance: one of {', '.join(DISTANCES)} expected, got {self.regression_distance!r}"
