@@ -62,6 +62,11 @@ class BenchmarkConfig:
     threads: int | None = field(default=None, metadata={"help": "CPU threads; default: what torch chooses."})
     output: str | None = field(default=None, metadata={"help": "JSON file of the figures."})
 
+    def __post_init__(self):
+        for name, values in (("updates", [self.updates]), ("intervals", self.intervals)):
+            if min(values) < 1:
+                raise ValueError(f"{name}: numbers >= 1 expected, got {values}")
+
 
 class Meter:
     """Seconds by part and passes through layers, by hooks; every moment belongs to one part.
@@ -140,11 +145,8 @@ class RandomData(Dataset):
     """Images with labels in memory; the noise that a pair has comes from its seed, as in `PairDataset`."""
 
     def __init__(self, shape: tuple[int, int, int], num_classes: int, pairs: bool, size: int = 512):
-        self.images, self.labels, self.pairs = (
-            torch.rand(size, *shape) * 2 - 1,
-            torch.arange(size) % num_classes,
-            pairs,
-        )
+        self.images, self.labels = torch.rand(size, *shape) * 2 - 1, torch.arange(size) % num_classes
+        self.pairs = pairs
 
     def __len__(self):
         return len(self.images)
@@ -186,14 +188,8 @@ def run_stage(stage: str, interval: int, config: BenchmarkConfig) -> dict:
     nets = build_nets(config, autocast_dtype(training), meter)
     shape, num_classes = sample_shape(nets["teacher"].model), nets["teacher"].model.config.num_class_embeds
     classes = torch.arange(num_classes, device=config.device)
-    turns = build_stage(
-        stage,
-        nets["student"],
-        nets["teacher"],
-        nets["fake score"],
-        classes,
-        StageConfig(student_update_interval=[interval]),
-    )
+    weights = StageConfig(student_update_interval=[interval])
+    turns = build_stage(stage, nets["student"], nets["teacher"], nets["fake score"], classes, weights)
     for turn in turns:
         turn.register_forward_pre_hook(lambda module, args: meter.enter(REST))
         if "discriminator" in turn.models():
@@ -260,8 +256,8 @@ def report(results: list[dict], share: dict[str, float]) -> str:
             f, e = f + turn["per_iteration"] * turn_f, e + turn["per_iteration"] * turn_e
             seconds.update({part: turn["per_iteration"] * s for part, s in turn["seconds"].items()})
         cells = [f"{1000 * s:.1f} ({100 * s / seconds.total():.0f} %)" for s in (seconds[part] for part in PARTS)]
-        passes = f"{f:.3g} F + {e:.3g} E = {f + share['flops'] * e:.2f} F"
-        iterations.append([stage, str(r["interval"]), passes, *cells, f"**{1000 * seconds.total():.1f}**"])
+        counted = f"{f:.3g} F + {e:.3g} E = {f + share['flops'] * e:.2f} F"
+        iterations.append([stage, str(r["interval"]), counted, *cells, f"**{1000 * seconds.total():.1f}**"])
         memory[stage].append((r["peak_bytes"] / 2**20, r["before_bytes"] / 2**20))
     memory = [[stage, *(f"{max(column):.0f}" for column in zip(*values))] for stage, values in memory.items()]
     return "\n\n".join(

@@ -107,8 +107,11 @@ def evaluate(name: str, path: str, config: EvaluationConfig, feature_net, real: 
     """One model's row; a row of samples per class is added to `samples`."""
     model = open_model(path, config)
     num_classes = model.model.config.num_class_embeds
-    if config.num_images % num_classes:
-        raise ValueError(f"num_images: a multiple of the {num_classes} classes expected, got {config.num_images}")
+    if config.num_images % num_classes or config.num_images < 4 * num_classes:
+        raise ValueError(
+            f"num_images: a multiple of the {num_classes} classes and at least {4 * num_classes} expected, "
+            f"got {config.num_images}"
+        )
     labels = torch.arange(config.num_images) % num_classes
     z = pair_noise(pair_seeds(config.seed, range(config.num_images)), sample_shape(model.model))
     images, speed = generate(model, z, labels, config)
@@ -154,6 +157,11 @@ def main():
         if not found or not name:
             raise ValueError(f"models: name=folder expected, got {entry!r}")
         models[name] = path
+    for path in models.values():
+        if not Path(path).is_dir() and len(Path(path).parts) != 2:
+            raise FileNotFoundError(f"models: {path} is neither a local folder nor a Hub id")
+    if config.sample_batch_size < 1:
+        raise ValueError(f"sample_batch_size: at least 1 expected, got {config.sample_batch_size}")
     output_dir = check_writable(config.output_dir, "output_dir")
     feature_net = load_model(FeatureNet, config.feature_net, "feature_net").to(config.device).eval()
     shape = sample_shape(open_model(next(iter(models.values())), config).model)

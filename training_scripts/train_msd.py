@@ -10,7 +10,7 @@ When every student is there, `--output_dir` is a `MultiStudentPipeline`. Student
 the router: K jobs with `--student_index 0 ... K-1` and the same output folder give the same weights as one job of all.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ from diffusers_msd.files import check_writable, load_model, model_fingerprint
 from diffusers_msd.grids import save_grid
 from diffusers_msd.metrics import FeatureNet, extract_features, frechet_distance
 from diffusers_msd.pairs import PairDataset, pair_noise
+from diffusers_msd.pipeline_msd import SLOTS
 from diffusers_msd.runs import claim_run
 from diffusers_msd.schedule import NoiseSchedule
 from diffusers_msd.stages import STAGES, StageConfig, build_stage, sample_shape
@@ -78,10 +79,12 @@ PARTITIONS = {
 def check_config(config: MSDConfig, teacher: ModelMixin, student: StudentConfig, stage_config: StageConfig):
     """Refuses what cannot work before anything is loaded or trained."""
     classes = teacher.config.num_class_embeds
-    if not classes:
-        raise ValueError("pretrained_teacher_model: the teacher is not class-conditional (no num_class_embeds)")
-    if not 1 <= config.num_students <= classes:
-        raise ValueError(f"num_students: 1 to {classes} (the number of classes) expected, got {config.num_students}")
+    most = min(classes, len(SLOTS))
+    if not 1 <= config.num_students <= most:
+        raise ValueError(
+            f"num_students: 1 to {most} (the {classes} classes, at most {len(SLOTS)}) expected, "
+            f"got {config.num_students}"
+        )
     if config.student_index is not None and not 0 <= config.student_index < config.num_students:
         raise ValueError(f"student_index: 0 to {config.num_students - 1} expected, got {config.student_index}")
     if config.stages != [s for s in STAGES if s in config.stages]:
@@ -91,7 +94,16 @@ def check_config(config: MSDConfig, teacher: ModelMixin, student: StudentConfig,
             "pairs_dir: the DM stage regresses on the teacher's pairs; make them with generate_pairs.py, "
             "or pass --regression_weight 0"
         )
-    candidate = create_student(teacher, student.student_channels, student.student_blocks)
+    if stage_config.guidance_scale not in (None, 1):
+        raise ValueError(
+            f"guidance_scale: class-conditional teachers have no null condition, leave it out; "
+            f"got {stage_config.guidance_scale}"
+        )
+    try:
+        candidate = create_student(teacher, student.student_channels, student.student_blocks)
+    except ValueError as error:
+        # It speaks of its own arguments, channels and blocks.
+        raise ValueError(f"student_{error}") from error
     check_student(candidate, teacher)
     random_start = not is_same_architecture(candidate, teacher)
     if random_start and config.stages[0] != "tsm" and not config.allow_random_student:
@@ -147,6 +159,11 @@ class Run:
         self.feature_net = None
         if config.validation_feature_net is not None:
             self.feature_net = load_model(FeatureNet, config.validation_feature_net, "validation_feature_net")
+        # A stage that cannot be built (its networks, an extra that is missing) says so before another is trained.
+        probe = denoiser_for(teacher, NoiseSchedule.from_scheduler(self.scheduler))
+        for i, name in enumerate(config.stages):
+            settings = for_stage(stage, i, len(config.stages))
+            build_stage(name, probe, probe, probe, self.router.classes(0), settings)
         claim_run(self.output_dir, self._shared_settings())
 
         self.accelerator = create_accelerator(training, self.output_dir)
@@ -168,6 +185,8 @@ class Run:
                     f"dataset_name: the images have {images.num_classes} classes, "
                     f"the teacher {teacher.config.num_class_embeds}"
                 )
+            for k in range(self.config.num_students):
+                images.part(self.router.classes(k))  # Refuses a part without images.
             datasets["images"] = images
         if "dm" in self.config.stages and self.stage.regression_weight > 0:
             # All parts, the same for every student: filtering the pairs by part costs modes.
@@ -223,6 +242,9 @@ class Run:
                     name=f"student_{k}/{stage}",
                     validate=validation,
                 ).fit()
+                if self.training.resume_from_checkpoint is not None:
+                    # A checkpoint given by name is of the stage that was interrupted, not of later ones.
+                    self.training = replace(self.training, resume_from_checkpoint="latest")
             previous = folder / "final"
 
     def _start(self, previous: Path | None, k: int) -> tuple[Denoiser, Denoiser]:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from diffusers import EDMEulerScheduler, ModelMixin, UNet2DModel
 
-from diffusers_msd.config import parse_config, run_script
+from diffusers_msd.config import for_stage, parse_config, run_script
 from diffusers_msd.data import DataConfig, load_images
 from diffusers_msd.denoiser import Denoiser, denoiser_for
 from diffusers_msd.draws import derive_seed
@@ -57,6 +57,8 @@ def build_unet(config: TeacherConfig, image_shape: tuple[int, int, int], num_cla
     levels = len(config.teacher_channels)
     if height % 2 ** (levels - 1):
         raise ValueError(f"teacher_channels: {levels} resolutions need images divisible by {2 ** (levels - 1)}")
+    if not 0 <= config.attention_levels <= levels:
+        raise ValueError(f"attention_levels: 0 to {levels} expected, got {config.attention_levels}")
     plain = levels - config.attention_levels
     groups = min(32, config.teacher_channels[0] // 4)
     return UNet2DModel(
@@ -88,6 +90,7 @@ def validation_grid(denoiser: Denoiser, num_classes: int, shape: tuple[int, int,
 
 def main():
     teacher_config, data_config, config = parse_config([TeacherConfig, DataConfig, TrainingConfig], __doc__)
+    config = for_stage(config, 0, 1)
     output_dir = check_writable(teacher_config.output_dir, "output_dir")
     dataset = load_images(data_config, teacher_config.image_channels)
     accelerator = create_accelerator(config, output_dir / "training")

@@ -20,6 +20,7 @@ from .files import load_model, load_tensors, save_tensors
 
 
 STATE_FILE = "state.json"
+_STATE_ENTRIES = {"step", "seconds", "window", "skipped", "ema_step", "schedules", "settings"}
 
 
 def save_optimizer(optimizer: torch.optim.Optimizer, path: Path):
@@ -43,11 +44,17 @@ def load_optimizer(optimizer: torch.optim.Optimizer, path: Path):
         FileNotFoundError, ValueError: a missing or truncated file, by name.
     """
     tensors, metadata = load_tensors(path, "resume_from_checkpoint")
-    state: dict[int, dict] = {int(i): dict(values) for i, values in json.loads(metadata["numbers"]).items()}
-    for name, tensor in tensors.items():
-        index, key = name.split(".", 1)
-        state.setdefault(int(index), {})[key] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": json.loads(metadata["param_groups"])})
+    try:
+        state: dict[int, dict] = {int(i): dict(values) for i, values in json.loads(metadata["numbers"]).items()}
+        for name, tensor in tensors.items():
+            index, key = name.split(".", 1)
+            state.setdefault(int(index), {})[key] = tensor
+        optimizer.load_state_dict({"state": state, "param_groups": json.loads(metadata["param_groups"])})
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"resume_from_checkpoint: {path} is damaged or of another optimizer ({error}); an older checkpoint or "
+            "another --output_dir is allowed"
+        ) from error
 
 
 def load_weights(model: ModelMixin, folder: Path):
@@ -99,11 +106,22 @@ def read_state(checkpoint: Path) -> dict:
         ValueError: if it is damaged.
     """
     try:
-        return json.loads((checkpoint / STATE_FILE).read_text())
-    except json.JSONDecodeError as error:
+        state = json.loads((checkpoint / STATE_FILE).read_text())
+        missing = _STATE_ENTRIES - state.keys()
+        if missing:
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        return state
+    except (ValueError, AttributeError) as error:
         raise ValueError(
             f"resume_from_checkpoint: {checkpoint / STATE_FILE} is damaged ({error}); resume from an older checkpoint"
         ) from error
+
+
+def discard_after(folder: Path, step: int):
+    """Deletes the checkpoints beyond `step`: of a run that is taken up again from an earlier one."""
+    for path in checkpoints(folder):
+        if int(path.name.split("-")[1]) > step:
+            shutil.rmtree(path)
 
 
 def prune(folder: Path, limit: int | None):

@@ -27,12 +27,15 @@ def parse_config(dataclass_types: Sequence[type], description: str, argv: list[s
         ValueError: an unknown name, with the closest known one, or a value a dataclass refuses.
         FileNotFoundError: the config file is missing.
     """
-    parser = HfArgumentParser(dataclass_types, description=description, allow_abbrev=False)
-    parser.add_argument("--config", help="YAML file with any of these settings by name; flags given here win.")
     argv = sys.argv[1:] if argv is None else argv
-    known = {field.name for cls in dataclass_types for field in dataclasses.fields(cls)}
-    config = parser.parse_known_args(argv)[0].config if {"-h", "--help"}.isdisjoint(argv) else None
-    from_file = _file_arguments(config, known) if config else []
+    # Alone first: what the flags lack may be in the file.
+    config_parser = _Parser([], allow_abbrev=False, add_help=False)
+    config_parser.add_argument("--config", help="YAML file with any of these settings by name; flags given here win.")
+    config = config_parser.parse_known_args(argv)[0].config
+    parser = _Parser(dataclass_types, description=description, allow_abbrev=False, parents=[config_parser])
+    fields = {field.name: field for cls in dataclass_types for field in dataclasses.fields(cls)}
+    known = set(fields)
+    from_file = _file_arguments(config, fields) if config else []
     *parsed, unknown = parser.parse_args_into_dataclasses(from_file + argv, return_remaining_strings=True)
     for argument in unknown:
         name = argument.split("=")[0].lstrip("-").replace("-", "_")
@@ -41,11 +44,18 @@ def parse_config(dataclass_types: Sequence[type], description: str, argv: list[s
     return tuple(parsed[: len(dataclass_types)])
 
 
-def _file_arguments(path: str, known: set[str]) -> list[str]:
+class _Parser(HfArgumentParser):
+    def error(self, message: str):
+        """Instead of argparse's pages of usage."""
+        raise ValueError(message)
+
+
+def _file_arguments(path: str, fields: dict[str, dataclasses.Field]) -> list[str]:
     """The settings of a YAML file as command-line arguments, so that both are checked the same way."""
     try:
         with open(path) as file:
-            settings = yaml.safe_load(file) or {}
+            # Every value as it is written: a plain no stays the word, as on the command line.
+            settings = yaml.load(file, Loader=yaml.BaseLoader) or {}
     except FileNotFoundError as error:
         raise FileNotFoundError(f"config: {path} does not exist") from error
     except yaml.YAMLError as error:
@@ -54,9 +64,12 @@ def _file_arguments(path: str, known: set[str]) -> list[str]:
         raise ValueError(f"config: {path} must hold `name: value` lines, got a {type(settings).__name__}")
     arguments = []
     for name, value in settings.items():
-        if name not in known:
-            raise ValueError(f"config: {path}: unknown setting {name!r}{_closest(name, known)}")
-        if value is not None:
+        if name not in fields:
+            raise ValueError(f"config: {path}: unknown setting {name!r}{_closest(name, set(fields))}")
+        if value in ("", "~", "null"):
+            if fields[name].default is not None:
+                raise ValueError(f"config: {path}: {name} has no value; leave the line out for the default")
+        else:
             values = value if isinstance(value, list) else [value]
             arguments += [f"--{name}", *(str(v) for v in values)]
     return arguments
@@ -93,7 +106,7 @@ def run_script(main: Callable[[], None]):
     except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
         if os.environ.get("DIFFUSERS_MSD_TRACEBACK"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
         print(f"\n{interrupt or 'interrupted'}", file=sys.stderr)

@@ -86,6 +86,8 @@ class StageConfig:
     )
 
     def __post_init__(self):
+        if min(self.student_update_interval) < 1:
+            raise ValueError(f"student_update_interval: numbers >= 1 expected, got {self.student_update_interval}")
         if not 0 < self.gan_t_max <= 1:
             raise ValueError(f"gan_t_max: a number in (0, 1] expected, got {self.gan_t_max}")
         if not 0 <= self.dm_t_min < self.dm_t_max <= 1:
@@ -95,8 +97,6 @@ class StageConfig:
         for name in ("regression_weight", "gan_generator_weight", "gan_critic_weight", "gan_warmup_steps"):
             if not vars(self)[name] >= 0:  # a NaN is refused too
                 raise ValueError(f"{name}: a number >= 0 expected, got {vars(self)[name]}")
-        if min(self.student_update_interval) < 1:
-            raise ValueError(f"student_update_interval: at least 1 expected, got {self.student_update_interval}")
         if self.regression_distance not in DISTANCES:
             raise ValueError(
                 f"regression_distance: one of {', '.join(DISTANCES)} expected, got {self.regression_distance!r}"

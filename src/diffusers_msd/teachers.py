@@ -29,6 +29,10 @@ def load_teacher(path: str) -> tuple[ModelMixin, SchedulerMixin]:
         FileNotFoundError, ValueError: something is missing, truncated or unknown, with its place.
     """
     model = load_model(UNet2DModel, path, "pretrained_teacher_model", subfolder="unet")
+    if not model.config.num_class_embeds:
+        raise ValueError(
+            f"pretrained_teacher_model: {path} is not class-conditional; a UNet2DModel with num_class_embeds is needed"
+        )
     try:
         name = DDPMScheduler.load_config(path, subfolder="scheduler")["_class_name"]
     except OSError as error:

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from .checkpoint import (
     STATE_FILE,
+    discard_after,
     find_checkpoint,
     load_optimizer,
     load_weights,
@@ -167,7 +168,6 @@ class Trainer:
             FileNotFoundError, ValueError: if the checkpoint to resume from is missing, damaged or of another run.
         """
         self._resume()
-        batches = {t.name: {need: self._batches(t, need) for need in t.needs} for t in self.turns}
         bar = tqdm(
             total=self.max_steps,
             initial=self.step,
@@ -177,6 +177,8 @@ class Trainer:
             disable=not self.accelerator.is_main_process,
         )
         with bar, _Interrupt() as interrupt:
+            # Data workers are forked in here: they get a Ctrl-C too, and must live until the step is finished.
+            batches = {t.name: {need: self._batches(t, need) for need in t.needs} for t in self.turns}
             while self.step < self.max_steps:
                 began = time.perf_counter()
                 # Dropout and whatever else uses the global generator follow the step too.
@@ -190,7 +192,10 @@ class Trainer:
                 self.seconds += time.perf_counter() - began
                 bar.update()
                 self._after_step(bar, self._any_rank(interrupt.received))
-        return self._save_final()
+            final = self._save_final()
+            if self._any_rank(interrupt.received):
+                raise KeyboardInterrupt(f"{self.name}: interrupted after its last step; run again to go on")
+        return final
 
     def _run_turn(self, turn: Turn, batches: dict[str, Iterator]):
         turn.claim()
@@ -275,14 +280,17 @@ class Trainer:
         config, done = self.config, self.step == self.max_steps
         if self.step % config.logging_steps == 0 or done:
             self._log(bar)
-        if interrupted or (self.step % config.checkpointing_steps == 0 and not done) or done:
+        # Before the checkpoint: a run resumed from it has this step's numbers in its log.
+        if done or (config.validation_steps and self.step % config.validation_steps == 0):
+            self._validate()
+        # Weights that give NaN may be what is broken: they do not push out the last good checkpoint.
+        good = all(counts["in_a_row"] == 0 for counts in self.skipped.values())
+        if interrupted or done or (self.step % config.checkpointing_steps == 0 and good):
             self._save_checkpoint()
         if interrupted and not done:
             raise KeyboardInterrupt(
                 f"{self.name}: interrupted at step {self.step}; continue with --resume_from_checkpoint latest"
             )
-        if done or (config.validation_steps and self.step % config.validation_steps == 0):
-            self._validate()
 
     def _log(self, bar: tqdm):
         values = {key: sum(v) / len(v) for key, v in self.window.items()}
@@ -368,8 +376,10 @@ class Trainer:
             self._load_checkpoint(checkpoint)
         if self.accelerator.is_main_process:
             self.output_dir.mkdir(parents=True, exist_ok=True)
-            lines = log.read_text().splitlines() if log.exists() else []
-            kept = [line + "\n" for line in lines if json.loads(line)["step"] <= self.step and checkpoint is not None]
+            lines = log.read_text().splitlines(keepends=True) if log.exists() and checkpoint is not None else []
+            # A crash may have cut the last line short.
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self.step]
+            discard_after(self.output_dir, self.step)
             atomic_write(log, "".join(kept))
         self.accelerator.wait_for_everyone()
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration
+from accelerate.utils import DistributedType, LoggerType, ProjectConfiguration
+from diffusers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
 
 @dataclass
@@ -78,6 +79,14 @@ class TrainingConfig:
         for name in positive:
             if values[name] <= 0:
                 raise ValueError(f"{name}: a number > 0 expected, got {values[name]}")
+        if min(self.max_train_steps) < 1:
+            raise ValueError(f"max_train_steps: numbers > 0 expected, got {self.max_train_steps}")
+        schedules = [schedule.value for schedule in TYPE_TO_SCHEDULER_FUNCTION]
+        if self.lr_scheduler not in schedules:
+            raise ValueError(f"lr_scheduler: one of {', '.join(schedules)} expected, got {self.lr_scheduler!r}")
+        trackers = ("none", *(tracker.value for tracker in LoggerType))
+        if self.report_to not in trackers:
+            raise ValueError(f"report_to: one of {', '.join(trackers)} expected, got {self.report_to!r}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay: a number in [0, 1) expected, got {self.ema_decay}")
         if self.checkpoints_total_limit is not None and self.checkpoints_total_limit < 1:
@@ -94,6 +103,12 @@ def create_accelerator(config: TrainingConfig, output_dir: Path) -> Accelerator:
     log_with = None if config.report_to == "none" else config.report_to
     project = ProjectConfiguration(project_dir=str(output_dir), logging_dir=str(output_dir / config.logging_dir))
     accelerator = Accelerator(mixed_precision="no", log_with=log_with, project_config=project)
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != accelerator.num_processes:
+        raise ValueError(
+            f"accelerate: launched as {launched} processes, but they do not see each other; on the CPU set "
+            "ACCELERATE_USE_CPU=true"
+        )
     supported = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
     if accelerator.distributed_type not in supported:
         raise ValueError(
