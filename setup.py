@@ -31,7 +31,6 @@ training = [
     "scikit-learn>=1.5",
     "scipy>=1.13",
     "tensorboard>=2.18",
-    "torchmetrics>=1.6",
     "tqdm>=4.66.3",
 ]
 

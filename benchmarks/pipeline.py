@@ -24,10 +24,9 @@ from tqdm.auto import tqdm
 from diffusers_msd import ClassRouter, MultiStudentPipeline
 from diffusers_msd.config import parse_config, run_script
 from diffusers_msd.data import DataConfig
-from diffusers_msd.denoiser import denoiser_for
-from diffusers_msd.files import write_json
+from diffusers_msd.denoiser import denoiser_for, sample_shape
+from diffusers_msd.files import check_writable, write_json
 from diffusers_msd.schedule import NoiseSchedule
-from diffusers_msd.stages import sample_shape
 from diffusers_msd.students import create_student
 from diffusers_msd.teachers import load_teacher
 from diffusers_msd.training_config import TrainingConfig
@@ -185,6 +184,8 @@ def report(figures: list[dict], num_students: int) -> str:
 
 def main():
     (config,) = parse_config([BenchmarkConfig], __doc__)
+    if config.output is not None:
+        check_writable(Path(config.output).parent, "output")
     wait = set_up_device(config.device, config.threads)
     # Of the advice that every cast prints.
     logging.set_verbosity_error()

@@ -31,11 +31,12 @@ from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusers_msd.config import parse_config, run_script
-from diffusers_msd.denoiser import Denoiser, denoiser_for
-from diffusers_msd.files import write_json
+from diffusers_msd.denoiser import Denoiser, denoiser_for, sample_shape
+from diffusers_msd.files import check_writable, write_json
 from diffusers_msd.pairs import pair_noise
 from diffusers_msd.schedule import NoiseSchedule
-from diffusers_msd.stages import STAGES, StageConfig, Turn, build_stage, sample_shape
+from diffusers_msd.stage_config import StageConfig
+from diffusers_msd.stages import STAGES, Turn, build_stage
 from diffusers_msd.students import create_student
 from diffusers_msd.training import Trainer
 from diffusers_msd.training_config import TrainingConfig, autocast_dtype
@@ -275,12 +276,15 @@ def report(results: list[dict], share: dict[str, float]) -> str:
 
 def main():
     (config,) = parse_config([BenchmarkConfig], __doc__)
-    share = encoder_share(config)
+    if config.output is not None:
+        check_writable(Path(config.output).parent, "output")
     # A process for each, so that peak memory is its own. Only the student's turns of DM and ADM have an interval.
     jobs = [(s, i) for s in config.stages for i in (config.intervals if s != "tsm" else [1])]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
         results = list(pool.map(run_stage, *zip(*jobs), [config] * len(jobs)))
+    # Not before: a new process starts with the peak memory of the one that made it.
+    share = encoder_share(config)
     print(f"\n{config.size}, batch {config.batch_size}, {config.device}, precision {config.mixed_precision}, "
           f"{torch.get_num_threads()} threads, torch {torch.__version__}, {config.updates} student updates each\n")  # fmt: skip
     print(report(results, share))

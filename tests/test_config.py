@@ -11,7 +11,7 @@ import pytest
 
 from diffusers_msd.config import for_stage, parse_config, run_script
 from diffusers_msd.data import DataConfig
-from diffusers_msd.stages import StageConfig
+from diffusers_msd.stage_config import StageConfig
 from diffusers_msd.students import StudentConfig
 from diffusers_msd.training_config import TrainingConfig
 

@@ -40,13 +40,16 @@ ARROWS: dict[str, set[str]] = {
     "metrics": {"files"},
     "pairs": {"denoiser", "files", "sampling"},
     # training
-    "stages": {"denoiser", "discriminator", "draws", "objectives"},
-    "training": {"checkpoint", "draws", "files", "stages", "training_config"},
+    "batches": {"draws"},
+    "stage_config": {"objectives"},
+    "stages": {"denoiser", "discriminator", "draws", "objectives", "stage_config"},
+    "training": {"batches", "checkpoint", "draws", "files", "stages", "training_config"},
     # serving
     "hub": {"files", "routing"},
     "pipeline_msd": {"denoiser", "hub", "routing", "schedule"},
 }
 TRAINING = {
+    "batches",
     "checkpoint",
     "data",
     "discriminator",
@@ -54,6 +57,7 @@ TRAINING = {
     "objectives",
     "pairs",
     "runs",
+    "stage_config",
     "stages",
     "training",
     "training_config",

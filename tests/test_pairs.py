@@ -192,7 +192,9 @@ def test_pairs_of_another_teacher_are_refused(teacher, tmp_path):
     generate(teacher, tmp_path, num_pairs=2, fingerprint=made_by)
     PairDataset(tmp_path, made_by)
     other = model_fingerprint(tiny_unet(seed=1), edm_scheduler())
-    with pytest.raises(ValueError, match=f"pairs_dir: .*another teacher.*{made_by[:12]}.*{other[:12]}.*generate_pairs.py"):
+    with pytest.raises(
+        ValueError, match=f"pairs_dir: .*another teacher.*{made_by[:12]}.*{other[:12]}.*generate_pairs.py"
+    ):
         PairDataset(tmp_path, other)
 
 

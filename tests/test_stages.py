@@ -13,19 +13,19 @@ from helpers import edm_scheduler, tiny_unet
 from torch import nn
 
 from diffusers_msd import Denoiser, NoiseSchedule, create_student, denoiser_for
+from diffusers_msd.denoiser import sample_shape
 from diffusers_msd.discriminator import DiscriminatorHead
 from diffusers_msd.draws import Draws, derive_seed
 from diffusers_msd.schedule import expand
+from diffusers_msd.stage_config import StageConfig
 from diffusers_msd.stages import (
     CriticTurn,
     DenoisingTurn,
-    StageConfig,
     StudentTurn,
     TSMTurn,
     build_stage,
     create_discriminator,
     draw_inputs,
-    sample_shape,
 )
 
 

@@ -12,13 +12,15 @@ import torch
 from helpers import edm_scheduler, tiny_unet
 from safetensors.torch import load_file
 
+from diffusers_msd.batches import global_batch
 from diffusers_msd.data import ImageDataset
 from diffusers_msd.denoiser import denoiser_for
 from diffusers_msd.draws import Draws, derive_seed
 from diffusers_msd.pairs import PairDataset, generate_pairs
 from diffusers_msd.schedule import NoiseSchedule
-from diffusers_msd.stages import DenoisingTurn, StageConfig, build_stage
-from diffusers_msd.training import Trainer, global_batch
+from diffusers_msd.stage_config import StageConfig
+from diffusers_msd.stages import DenoisingTurn, build_stage
+from diffusers_msd.training import Trainer
 from diffusers_msd.training_config import TrainingConfig, create_accelerator
 
 

@@ -19,7 +19,7 @@ import torch
 from diffusers_msd import MultiStudentPipeline
 from diffusers_msd.config import parse_config, run_script
 from diffusers_msd.data import DataConfig, load_images
-from diffusers_msd.denoiser import denoiser_for
+from diffusers_msd.denoiser import denoiser_for, sample_shape
 from diffusers_msd.files import atomic_write, check_writable, load_model, write_json
 from diffusers_msd.metrics import FeatureNet, describe_feature_net, evaluate_images
 from diffusers_msd.pairs import pair_noise, pair_seeds
@@ -27,7 +27,6 @@ from diffusers_msd.plots import plot_learning_curves, plot_samples
 from diffusers_msd.runs import training_record
 from diffusers_msd.sampling import sample_heun
 from diffusers_msd.schedule import NoiseSchedule
-from diffusers_msd.stages import sample_shape
 from diffusers_msd.teachers import load_teacher
 
 
@@ -130,7 +129,7 @@ def evaluate(name: str, path: str, config: EvaluationConfig, feature_net, real: 
 
 COLUMNS = {
     "FD": lambda r: f"{r['fd']:.4f}",
-    "KID x 1000": lambda r: f"{1000 * r['kid']:.2f} ± {1000 * r['kid_std']:.2f}",
+    "KID": lambda r: f"{r['kid']:.2f} ± {r['kid_std']:.2f}",
     "class accuracy": lambda r: f"{100 * r['class_accuracy']:.2f} %",
     "precision": lambda r: f"{r['precision']:.3f}",
     "recall": lambda r: f"{r['recall']:.3f}",

@@ -15,11 +15,10 @@ import torch
 from accelerate import PartialState
 
 from diffusers_msd.config import parse_config, run_script
-from diffusers_msd.denoiser import denoiser_for
+from diffusers_msd.denoiser import denoiser_for, sample_shape
 from diffusers_msd.files import check_writable, model_fingerprint
 from diffusers_msd.pairs import generate_pairs
 from diffusers_msd.schedule import NoiseSchedule
-from diffusers_msd.stages import sample_shape
 from diffusers_msd.teachers import load_teacher
 
 
@@ -39,7 +38,8 @@ class PairsConfig:
 
 def main():
     (config,) = parse_config([PairsConfig], __doc__)
-    state = PartialState()
+    # Said outright: left to itself it sees one process where several were launched on CPUs.
+    state = PartialState(cpu=not torch.cuda.is_available())
     output_dir = check_writable(config.output_dir, "output_dir")
     model, scheduler = load_teacher(config.pretrained_teacher_model)
     with torch.no_grad():

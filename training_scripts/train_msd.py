@@ -20,7 +20,7 @@ from filelock import FileLock
 from diffusers_msd import ClassRouter, MultiStudentPipeline
 from diffusers_msd.config import for_stage, parse_config, run_script
 from diffusers_msd.data import DataConfig, load_images
-from diffusers_msd.denoiser import Denoiser, denoiser_for
+from diffusers_msd.denoiser import Denoiser, denoiser_for, sample_shape
 from diffusers_msd.draws import derive_seed
 from diffusers_msd.files import check_writable, load_model, model_fingerprint
 from diffusers_msd.grids import save_grid
@@ -29,7 +29,8 @@ from diffusers_msd.pairs import PairDataset, pair_noise
 from diffusers_msd.pipeline_msd import SLOTS
 from diffusers_msd.runs import claim_run
 from diffusers_msd.schedule import NoiseSchedule
-from diffusers_msd.stages import STAGES, StageConfig, build_stage, sample_shape
+from diffusers_msd.stage_config import StageConfig
+from diffusers_msd.stages import STAGES, build_stage
 from diffusers_msd.students import StudentConfig, check_student, create_student, is_same_architecture
 from diffusers_msd.teachers import load_teacher
 from diffusers_msd.training import Trainer
@@ -169,11 +170,10 @@ class Run:
         self.accelerator = create_accelerator(training, self.output_dir)
         self.dtype = autocast_dtype(training)
         self.schedule = NoiseSchedule.from_scheduler(self.scheduler)
-        # The teacher is only read, so it may live in the lower precision.
         self.teacher_model = teacher
-        self.teacher = self._denoiser(create_student(teacher).requires_grad_(False))
-        if self.dtype is not None:
-            self.teacher.to(self.dtype)
+        # The one that is asked for predictions is only read, so it may live in the lower precision.
+        self.teacher = self._denoiser(teacher if self.dtype is None else create_student(teacher).to(self.dtype))
+        self.teacher.requires_grad_(False)
 
     def _open_data(self, teacher: ModelMixin, data: DataConfig) -> dict:
         datasets = {}
@@ -283,10 +283,11 @@ class Run:
 
     def _card(self) -> str:
         stages = " -> ".join(self.config.stages).upper()
-        lines = [f"Teacher: `{self.config.pretrained_teacher_model}` (fingerprint `{self.fingerprint[:12]}`).",
-                 f"Stages: {stages}. Seed: {self.training.seed}. Partition: {self.config.partition}.", "",
-                 "```", self.router.report(), "```"]  # fmt: skip
-        return "\n".join(lines)
+        return (
+            f"## Training\n\nTeacher: `{Path(self.config.pretrained_teacher_model).name}` (fingerprint "
+            f"`{self.fingerprint[:12]}`). Stages: {stages}. Partition: {self.config.partition}. "
+            f"Seed: {self.training.seed}."
+        )
 
 
 def main():

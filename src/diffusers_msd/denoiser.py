@@ -81,17 +81,16 @@ class Denoiser(nn.Module):
             x0 [B, C, H, W], float32 (float64 for float64 input).
 
         Raises:
-            ValueError: guidance asked of a model without a null condition.
+            ValueError: guidance asked of a model without a null condition, or without `cond`.
         """
         x_t = x_t if x_t.dtype == torch.float64 else x_t.float()
         t = torch.as_tensor(t)
         if guidance_scale is None or guidance_scale == 1:
             output = self._call(x_t, t, cond)
         else:
-            if self.null_cond is None:
+            if self.null_cond is None or cond is None:
                 raise ValueError(
-                    f"guidance_scale: {guidance_scale} needs a model with a null condition; this one has none, "
-                    "leave it out"
+                    f"guidance_scale: {guidance_scale} needs cond, and a model with a null condition; leave it out here"
                 )
             null = self.null_cond.to(cond.device).expand_as(cond)
             both = self._call(torch.cat([x_t, x_t]), t if t.ndim == 0 else torch.cat([t, t]), torch.cat([null, cond]))
@@ -161,3 +160,9 @@ def denoiser_for(model: ModelMixin, schedule: NoiseSchedule, **kwargs) -> Denois
             return denoiser_class(model, schedule, **kwargs)
     allowed = ", ".join(c.__name__ for c in DENOISERS)
     raise TypeError(f"model: {type(model).__name__} is not supported, expected one of {allowed}")
+
+
+def sample_shape(model: ModelMixin) -> tuple[int, int, int]:
+    """(C, H, W) of a model's samples; `sample_size` may be one number or (H, W)."""
+    size = model.config.sample_size
+    return (model.config.in_channels, *((size, size) if isinstance(size, int) else size))

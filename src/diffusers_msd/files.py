@@ -285,4 +285,6 @@ def load_model(cls: type, path: str | Path, argument: str, **kwargs):
             f"{argument}: the weights at {folder} do not fit its {config_name}: missing {info['missing_keys'][:3]}, "
             f"unexpected {info['unexpected_keys'][:3]} (the first three of each); both must be empty."
         )
+    # Where it was loaded from is a path of this machine, which saving would pass on.
+    model.register_to_config(_name_or_path="")
     return model

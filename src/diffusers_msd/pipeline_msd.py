@@ -15,7 +15,7 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
-from .denoiser import denoiser_for
+from .denoiser import denoiser_for, sample_shape
 from .hub import SafePipeline
 from .routing import ConditionRouter
 from .schedule import NoiseSchedule
@@ -257,9 +257,7 @@ class MultiStudentPipeline(SafePipeline):
         return chosen
 
     def _latent_shape(self) -> tuple[int, int, int]:
-        config = next(iter(self.students.values())).config
-        size = config.sample_size
-        return config.in_channels, *((size, size) if isinstance(size, int) else size)
+        return sample_shape(next(iter(self.students.values())))
 
     def prepare_latents(self, batch_size: int, generator, latents: torch.Tensor | None) -> torch.Tensor:
         """The unit-variance noise that the students start from, float32 [B, C, H, W] on the execution device."""

@@ -159,7 +159,7 @@ class NoiseSchedule:
     def loss_weight(self, t) -> torch.Tensor:
         """lambda(t) = 1 / c_out^2, float64: with it, the x0 error is the plain error of the network's own output.
 
-        EDM: 1/sigma^2 + 1/sigma_data^2 (arXiv 2206.00364, eq. 110). Epsilon: alpha^2/sigma^2, the plain MSE on
+        EDM: 1/sigma^2 + 1/sigma_data^2 (arXiv 2206.00364, table 1). Epsilon: alpha^2/sigma^2, the plain MSE on
         epsilon. v and flow: 1/sigma^2. Sample: 1.
         """
         _, c_out = PREDICTIONS[self.prediction](self.alpha(t), self.sigma(t), self.sigma_data, 0.0)

@@ -6,13 +6,11 @@ A stage is a list of turns. A turn owns the networks one optimizer updates, says
 needs, and computes its loss; the trainer knows nothing else about the method.
 """
 
-from dataclasses import dataclass, field
-
 import torch
 from diffusers import ModelMixin
 from torch import nn
 
-from .denoiser import Denoiser
+from .denoiser import Denoiser, sample_shape
 from .discriminator import DiscriminatorHead
 from .draws import Draws
 from .objectives import (
@@ -24,83 +22,12 @@ from .objectives import (
     regression_loss,
     tsm_loss,
 )
+from .stage_config import StageConfig
 
 
 STAGES = ("tsm", "dm", "adm")
 
 Losses = dict[str, torch.Tensor]
-
-
-@dataclass
-class StageConfig:
-    """Weights and schedules of the distillation stages."""
-
-    student_update_interval: list[int] = field(
-        default_factory=lambda: [5],
-        metadata={
-            "help": "The student is updated every so many iterations, the critic (fake score and discriminator) at "
-            "every one: the two-time-scale rule of DMD2 (5). One value, or one per stage."
-        },
-    )
-    dm_t_min: float = field(
-        default=0.02, metadata={"help": "Lowest noise level of the DM loss, as a fraction of the schedule in [0, 1)."}
-    )
-    dm_t_max: float = field(
-        default=0.98, metadata={"help": "Highest noise level of the DM loss, as a fraction of the schedule in (0, 1]."}
-    )
-    gan_t_max: float = field(
-        default=1.0,
-        metadata={
-            "help": "Highest noise level at which the discriminator compares, as a fraction of the schedule in (0, 1]; "
-            "small images drown in less noise than DMD2's full range has."
-        },
-    )
-    guidance_scale: float | None = field(
-        default=None, metadata={"help": "Classifier-free guidance on the teacher in the DM loss (none by default)."}
-    )
-    regression_weight: float = field(
-        default=0.25,
-        metadata={"help": "Weight of the regression on the teacher's pairs in the DM stage; 0 leaves it out."},
-    )
-    regression_distance: str = field(
-        default="l2",
-        metadata={"help": "Distance of the regression: l2, l1, or lpips (extra `lpips`).", "choices": list(DISTANCES)},
-    )
-    gan_generator_weight: float = field(
-        default=37.0,
-        metadata={
-            "help": "Weight of the generator's GAN loss in the ADM stage times the number of elements of a sample "
-            "(DMD2: 3e-3 * 12288 = 37 on ImageNet-64), so that it carries over to other image sizes."
-        },
-    )
-    gan_warmup_steps: int = field(
-        default=0,
-        metadata={
-            "help": "Iterations at the start of the ADM stage in which only the critic learns, so that the student "
-            "does not follow an untrained discriminator; DMD2 has none."
-        },
-    )
-    gan_critic_weight: float = field(
-        default=1e-2,
-        metadata={"help": "Weight of the discriminator's loss against the fake score's in the ADM stage."},
-    )
-
-    def __post_init__(self):
-        if min(self.student_update_interval) < 1:
-            raise ValueError(f"student_update_interval: numbers >= 1 expected, got {self.student_update_interval}")
-        if not 0 < self.gan_t_max <= 1:
-            raise ValueError(f"gan_t_max: a number in (0, 1] expected, got {self.gan_t_max}")
-        if not 0 <= self.dm_t_min < self.dm_t_max <= 1:
-            raise ValueError(
-                f"dm_t_min, dm_t_max: 0 <= dm_t_min < dm_t_max <= 1 expected, got {self.dm_t_min}, {self.dm_t_max}"
-            )
-        for name in ("regression_weight", "gan_generator_weight", "gan_critic_weight", "gan_warmup_steps"):
-            if not vars(self)[name] >= 0:  # a NaN is refused too
-                raise ValueError(f"{name}: a number >= 0 expected, got {vars(self)[name]}")
-        if self.regression_distance not in DISTANCES:
-            raise ValueError(
-                f"regression_distance: one of {', '.join(DISTANCES)} expected, got {self.regression_distance!r}"
-            )
 
 
 class Turn(nn.Module):
@@ -337,17 +264,19 @@ def draw_inputs(student: Denoiser, conditions: torch.Tensor, draw: Draws) -> tup
     return draw.normal(*sample_shape(student.model)), conditions[rows].to(draw.device)
 
 
-def sample_shape(model: ModelMixin) -> tuple[int, int, int]:
-    """(C, H, W) of a model's samples; `sample_size` may be one number or (H, W)."""
-    size = model.config.sample_size
-    return (model.config.in_channels, *((size, size) if isinstance(size, int) else size))
-
-
 def create_discriminator(fake_score: Denoiser, cond: torch.Tensor) -> DiscriminatorHead:
-    """A fresh head that fits the features of `fake_score`; `cond` [1, ...] is any valid condition."""
+    """A fresh head that fits the features of `fake_score`; `cond` [1, ...] is any valid condition.
+
+    Raises:
+        ValueError: images that are not square, or features whose size is no power of two.
+    """
     with torch.no_grad():
         x = torch.zeros(1, *sample_shape(fake_score.model), device=cond.device)
-        _, channels, size, _ = fake_score.features(x, fake_score.schedule.last, cond).shape
+        _, channels, size, width = fake_score.features(x, fake_score.schedule.last, cond).shape
+    if size != width:
+        raise ValueError(
+            f"sample_size: the discriminator of the adm stage needs square images, got {tuple(x.shape[2:])}"
+        )
     return DiscriminatorHead(channels, size)
 
 

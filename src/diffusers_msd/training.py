@@ -8,7 +8,6 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -16,9 +15,10 @@ from accelerate import Accelerator
 from diffusers import ModelMixin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from .batches import load_batches
 from .checkpoint import (
     STATE_FILE,
     discard_after,
@@ -33,29 +33,6 @@ from .draws import Draws, derive_seed
 from .files import atomic_directory, atomic_write, write_json
 from .stages import Turn
 from .training_config import TrainingConfig
-
-
-def global_batch(num_items: int, total: int, position: int, keys: tuple) -> list[int]:
-    """Indices of the `position`-th global batch of `total` items from an endless run of shuffled epochs.
-
-    A function of its arguments alone, so that data order survives a resume and does not depend on the processes.
-    """
-    indices: list[int] = []
-    epoch, offset = divmod(position * total, num_items)
-    while len(indices) < total:
-        order = _epoch_order(num_items, (*keys, epoch))
-        indices += order[offset : offset + total - len(indices)].tolist()
-        epoch, offset = epoch + 1, 0
-    return indices
-
-
-@lru_cache(maxsize=4)
-def _epoch_order(num_items: int, keys: tuple) -> torch.Tensor:
-    return torch.randperm(num_items, generator=torch.Generator().manual_seed(derive_seed(*keys)))
-
-
-def _as_is(batch):
-    return batch
 
 
 class _Interrupt:
@@ -247,23 +224,10 @@ class Trainer:
             yield slice(start, start + size)
 
     def _batches(self, turn: Turn, need: str) -> Iterator[dict[str, torch.Tensor]]:
-        dataset = self.datasets[need]
-        first, last = turn.runs_before(self.step), turn.runs_before(self.max_steps)
+        positions = range(turn.runs_before(self.step), turn.runs_before(self.max_steps))
+        rows = list(self._rows())
         keys = (self.config.seed, self.name, turn.name, need)
-
-        def indices() -> Iterator[list[int]]:
-            for position in range(first, last):
-                batch = global_batch(len(dataset), self.total, position, keys)
-                yield from (batch[rows] for rows in self._rows())
-
-        loader = DataLoader(
-            dataset,
-            batch_sampler=indices(),
-            collate_fn=_as_is,
-            num_workers=self.config.dataloader_num_workers,
-            generator=torch.Generator(),
-        )
-        return iter(loader)
+        return load_batches(self.datasets[need], positions, self.total, rows, keys, self.config.dataloader_num_workers)
 
     def _to_device(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {key: value.to(self.accelerator.device, non_blocking=True) for key, value in batch.items()}

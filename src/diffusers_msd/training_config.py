@@ -58,10 +58,13 @@ class TrainingConfig:
     )
     checkpointing_steps: int = field(default=500, metadata={"help": "A checkpoint every so many iterations."})
     checkpoints_total_limit: int | None = field(
-        default=2, metadata={"help": "The newest so many checkpoints are kept."}
+        default=None, metadata={"help": "The newest so many checkpoints of a stage are kept; default: all."}
     )
     resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "'latest', or the name of a checkpoint, such as checkpoint-500."}
+        default=None,
+        metadata={
+            "help": "'latest', or the name of a checkpoint, such as checkpoint-500; newer ones are then deleted."
+        },
     )
     max_nonfinite_steps: int = field(
         default=10,
