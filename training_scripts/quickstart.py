@@ -123,3 +123,6 @@ if __name__ == "__main__":
     except RuntimeError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted; run the same command again to continue", file=sys.stderr)
+        sys.exit(130)
