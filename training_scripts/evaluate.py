@@ -34,7 +34,9 @@ from diffusers_msd.teachers import load_teacher
 class EvaluationConfig:
     """What is compared and how."""
 
-    models: list[str] = field(metadata={"help": "name=folder (or Hub id) of a teacher or MultiStudentPipeline, each."})
+    models: list[str] = field(
+        metadata={"help": "name=folder (or Hub id) of a teacher or pipeline, each; no = in the folder."}
+    )
     feature_net: str = field(metadata={"help": "Folder of the feature network the metrics are computed on."})
     output_dir: str = field(metadata={"help": "Folder of the results."})
     num_images: int = field(default=5000, metadata={"help": "Images per model, a multiple of the number of classes."})

@@ -32,6 +32,11 @@ RUNS = [
 ]
 
 
+def folder_of(output_dir: Path, name: str) -> Path:
+    """The folder of a run; "=" separates names from folders for evaluate.py."""
+    return output_dir / name.replace("=", "").replace(" ", "_")
+
+
 def script(name: str, *arguments) -> list[str]:
     return [sys.executable, str(SCRIPTS / name), *(str(a) for a in arguments)]
 
@@ -61,7 +66,7 @@ def train_all(output_dir: Path, pairs: Path, seed: int, workers: int):
     for name, config, k in RUNS:
         total += k * sum(yaml.safe_load((SCRIPTS / "configs" / config).read_text())["max_train_steps"])
         for index in range(k):
-            folder = output_dir / name.replace(" ", "_")
+            folder = folder_of(output_dir, name)
             command = script(
                 "train_msd.py", "--config", SCRIPTS / "configs" / config, "--pretrained_teacher_model", TEACHER,
                 "--validation_feature_net", FEATURES, "--pairs_dir", pairs, "--num_students", k,
@@ -103,7 +108,7 @@ def main():
     print(f"2/3 students: {arguments.workers} at a time")
     train_all(output_dir, pairs, arguments.seed, arguments.workers)
     print("3/3 evaluation")
-    models = [f"teacher={TEACHER}"] + [f"{name}={output_dir / name.replace(' ', '_')}" for name, _, _ in RUNS[::-1]]
+    models = [f"teacher={TEACHER}"] + [f"{name}={folder_of(output_dir, name)}" for name, _, _ in RUNS[::-1]]
     results = output_dir / "results"
     run(
         script("evaluate.py", "--models", *models, "--dataset_name", "digits", "--feature_net", FEATURES,
@@ -113,7 +118,9 @@ def main():
     )  # fmt: skip
     print((results / "results.md").read_text())
     print(f"Pictures: {results / 'samples.png'}, {results / 'learning_curves.png'}")
-    print(f"Use it:   MultiStudentPipeline.from_pretrained({str(output_dir / 'K=2')!r})(class_labels=[3, 7])")
+    print(
+        f"Use it:   MultiStudentPipeline.from_pretrained({str(folder_of(output_dir, 'K=2'))!r})(class_labels=[3, 7])"
+    )
     print(f"Took {time.monotonic() - began:.0f} s.")
 
 
