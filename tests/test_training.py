@@ -215,6 +215,7 @@ def test_interrupted_run_writes_a_checkpoint_and_resumes_bit_for_bit(signum, tmp
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     settings = {"validation_steps": 2, "validate": measure}
     make_trainer("adm", whole, datasets, **settings).fit()
+    handler = signal.getsignal(signal.SIGINT)
 
     def interrupt(call, images):
         if call == 5:
@@ -227,7 +228,7 @@ def test_interrupted_run_writes_a_checkpoint_and_resumes_bit_for_bit(signum, tmp
     ):
         trainer.fit()
     assert (broken / "checkpoint-6").is_dir() and not (broken / "final").exists()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
 
     make_trainer("adm", broken, datasets, start=50, resume_from_checkpoint="latest", **settings).fit()
     assert_same_run(whole, broken)
