@@ -161,7 +161,8 @@ class Run:
         if config.validation_feature_net is not None:
             self.feature_net = load_model(FeatureNet, config.validation_feature_net, "validation_feature_net")
         # A stage that cannot be built (its networks, an extra that is missing) says so before another is trained.
-        probe = denoiser_for(teacher, NoiseSchedule.from_scheduler(self.scheduler))
+        self.schedule = NoiseSchedule.from_scheduler(self.scheduler)
+        probe = denoiser_for(teacher, self.schedule)
         for i, name in enumerate(config.stages):
             settings = for_stage(stage, i, len(config.stages))
             build_stage(name, probe, probe, probe, self.router.classes(0), settings)
@@ -169,7 +170,6 @@ class Run:
 
         self.accelerator = create_accelerator(training, self.output_dir)
         self.dtype = autocast_dtype(training)
-        self.schedule = NoiseSchedule.from_scheduler(self.scheduler)
         self.teacher_model = teacher
         # The one that is asked for predictions is only read, so it may live in the lower precision.
         self.teacher = self._denoiser(teacher if self.dtype is None else create_student(teacher).to(self.dtype))
@@ -249,13 +249,18 @@ class Run:
 
     def _start(self, previous: Path | None, k: int) -> tuple[Denoiser, Denoiser]:
         """Student and fake score at the start of a stage: from the one before, else from the teacher."""
-        seed = derive_seed(self.training.seed, "student", k)
-        model = create_student(self.teacher_model, self.student.student_channels, self.student.student_blocks, seed)
-        fake_model = create_student(self.teacher_model)
-        if previous is not None:
-            model = load_model(type(model), previous / "student", "output_dir")
-            if (previous / "fake_score").is_dir():
-                fake_model = load_model(type(fake_model), previous / "fake_score", "output_dir")
+        family = type(self.teacher_model)
+        if previous is None:
+            seed = derive_seed(self.training.seed, "student", k)
+            model = create_student(
+                self.teacher_model, self.student.student_channels, self.student.student_blocks, seed
+            )
+        else:
+            model = load_model(family, previous / "student", "output_dir")
+        if previous is None or not (previous / "fake_score").is_dir():
+            fake_model = create_student(self.teacher_model)
+        else:
+            fake_model = load_model(family, previous / "fake_score", "output_dir")
         device = self.accelerator.device
         return self._denoiser(model).to(device), self._denoiser(fake_model).to(device)
 
