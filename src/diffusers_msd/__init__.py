@@ -10,6 +10,7 @@ by name, so that serving pulls in neither accelerate's training side nor dataset
 from diffusers import ModelMixin, SchedulerMixin
 
 from .denoiser import Denoiser, denoiser_for
+from .embedding_routing import EmbeddingRouter
 from .hub import register_classes
 from .pipeline_msd import MultiStudentPipeline, MultiStudentPipelineOutput
 from .routing import ClassRouter, ConditionRouter
@@ -24,6 +25,7 @@ __all__ = [
     "ClassRouter",
     "ConditionRouter",
     "Denoiser",
+    "EmbeddingRouter",
     "ModelMixin",
     "MultiStudentPipeline",
     "MultiStudentPipelineOutput",

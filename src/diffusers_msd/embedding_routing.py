@@ -1,0 +1,300 @@
+# Copyright 2026 The diffusers_msd authors.
+# SPDX-License-Identifier: Apache-2.0
+"""Routing by prompt embedding: balanced parts of a cloud of points, found by streaming over it.
+
+MSD (arXiv 2410.23274) cuts the prompts' space into four quadrants, because plain k-means gave very uneven parts. Here
+both are balanced: medians along principal axes, and k-means whose cells are moved until they are equally full.
+"""
+
+import numpy as np
+import torch
+
+from .routing import ConditionRouter
+
+
+# Rows that are in memory at once while fitting.
+CHUNK = 16_384
+SAMPLE = 65_536
+
+
+class EmbeddingRouter(ConditionRouter):
+    r"""Cuts the space of embeddings e [D] into K parts. Make one by a `fit_...` method.
+
+    | kind | student of e | tensors |
+    |---|---|---|
+    | `kmeans` | argmin_k \|e - d_k\|^2 - o_k, a power diagram: the offsets make the parts equal | d [K, D], o [K] |
+    | `quadrants` | a binary tree: at level l, above or below the node's cut along axis d_l | d [log2 K, D], o [K-1] |
+    | `random` | floor(K frac(d . e + o)), with a phase that turns many times over the cloud | d [1, D], o [1] |
+
+    Everything is computed in float64 from the saved float32 tensors, so routing does not depend on a device or batch.
+
+    Args:
+        num_students (`int`): The number of parts K.
+        kind (`str`): One of the above.
+        directions (`torch.FloatTensor` of shape `[M, D]`): See the table.
+        offsets (`torch.FloatTensor` of shape `[N]`): See the table.
+        part_sizes (`list[int]`): How many of the embeddings that it was fitted on each part got.
+        pooling (`str`, *optional*): How prompts were embedded, "mean" or "eos".
+        text_encoder_fingerprint (`str`, *optional*): What embedded them; another encoder is refused.
+
+    Raises:
+        ValueError: `kind` is unknown, or a tensor does not have its shape.
+    """
+
+    tensor_arguments = ("directions", "offsets")
+
+    def __init__(
+        self, num_students, kind, directions, offsets, part_sizes, pooling=None, text_encoder_fingerprint=None
+    ):
+        if kind not in _ROUTES:
+            raise ValueError(f"kind: got {kind!r}; one of {', '.join(_ROUTES)} is allowed.")
+        rows, cuts = {
+            "kmeans": (num_students, num_students),
+            "quadrants": (max(1, num_students.bit_length() - 1), num_students - 1),
+            "random": (1, 1),
+        }[kind]
+        if directions.ndim != 2 or len(directions) != rows or tuple(offsets.shape) != (cuts,):
+            raise ValueError(
+                f"directions, offsets: got shapes {list(directions.shape)} and {list(offsets.shape)}; a {kind} router "
+                f"of {num_students} parts has [{rows}, D] and [{cuts}]."
+            )
+        self.directions, self.offsets = directions.float(), offsets.float()
+        self.register_to_config(
+            num_students=num_students,
+            kind=kind,
+            part_sizes=list(part_sizes),
+            pooling=pooling,
+            text_encoder_fingerprint=text_encoder_fingerprint,
+        )
+
+    @classmethod
+    def fit_kmeans(cls, embeddings, k, balanced=True, seed=0, **recorded):
+        """Puts similar embeddings together: mini-batch k-means, then equal parts.
+
+        With `balanced`, the offsets of the cells are found by coordinate descent on the dual of the transport problem
+        from the points to the K centres with equal masses, alternating with the centres, on at most 65,536 points.
+
+        Args:
+            embeddings (`torch.Tensor`, `np.ndarray` or a sequence of them): [N, D] of any float dtype, or shards of
+                that. Memory maps are read a chunk at a time, memory does not grow with N.
+            k (`int`): The number of parts, in [1, N].
+            balanced (`bool`): Equal parts; otherwise as k-means finds them.
+            seed (`int`): Of the initial centres and of the sample.
+            recorded: `pooling` and `text_encoder_fingerprint`, kept in the config.
+
+        Raises:
+            TypeError, ValueError: `embeddings` is no finite matrix, or `k` is out of range.
+        """
+        from sklearn.cluster import MiniBatchKMeans
+
+        shards = _as_shards(embeddings, k)
+        num_points = sum(map(len, shards))
+        kmeans = MiniBatchKMeans(k, random_state=seed, batch_size=CHUNK)
+        # Few points are passed over more often: a hundred updates settle the centres.
+        for _ in range(max(1, 100 // len(list(_chunks(shards, k))))):
+            for chunk in _chunks(shards, k):
+                kmeans.partial_fit(chunk)
+        centers, offsets = kmeans.cluster_centers_, np.zeros(k)
+        if balanced:
+            rows = np.sort(np.random.default_rng(seed).permutation(num_points)[:SAMPLE])
+            points = _rows(shards, rows).astype(np.float32)
+            for _ in range(10):
+                scores = _scores(points, centers)
+                offsets = _balancing_offsets(scores)
+                part = (scores + offsets).argmax(axis=1)
+                centers = np.stack([points[part == j].mean(axis=0, dtype=np.float64) for j in range(k)])
+            # The saved tensors are float32: the cuts belong to those.
+            centers = centers.astype(np.float32)
+            offsets = _balancing_offsets(_scores(points, centers))
+        return cls._fitted(shards, k, "kmeans", centers, offsets, recorded)
+
+    @classmethod
+    def fit_quadrants(cls, embeddings, k, **recorded):
+        """Median cuts along the log2(k) leading principal axes, each half cut at its own median: equal parts.
+
+        Args:
+            embeddings, recorded: As `fit_kmeans`.
+            k (`int`): The number of parts, a power of two in [1, N].
+
+        Raises:
+            TypeError, ValueError: As `fit_kmeans`, or `k` is no power of two.
+        """
+        from sklearn.decomposition import IncrementalPCA
+
+        shards = _as_shards(embeddings, k)
+        if k & (k - 1):
+            raise ValueError(f"k: got {k}; quadrants are cut in halves, so a power of two is needed (2, 4, 8, ...).")
+        levels = max(1, k.bit_length() - 1)
+        if levels > shards[0].shape[1]:
+            raise ValueError(f"k: got {k}; embeddings of {shards[0].shape[1]} dimensions have fewer axes than cuts.")
+        pca = IncrementalPCA(levels)
+        for chunk in _chunks(shards, levels):
+            pca.partial_fit(chunk)
+        axes = pca.components_.astype(np.float32)
+        projections = np.concatenate([chunk @ axes.T.astype(np.float64) for chunk in _chunks(shards)])
+        cuts, node = [], np.zeros(len(projections), dtype=np.int64)
+        for level in range(k.bit_length() - 1):
+            level_cuts = np.array([np.median(projections[node == j, level]) for j in range(2**level)])
+            node = 2 * node + (projections[:, level] > level_cuts[node])
+            cuts.extend(level_cuts)
+        return cls._fitted(shards, k, "quadrants", axes, np.array(cuts), recorded)
+
+    @classmethod
+    def fit_random(cls, embeddings, k, seed=0, **recorded):
+        """Parts without meaning, the control of the paper's ablation: near prompts go to any student, always the same.
+
+        Args:
+            embeddings, recorded: As `fit_kmeans`.
+            k (`int`): The number of parts, in [1, N].
+            seed (`int`): Of the direction.
+        """
+        shards = _as_shards(embeddings, k)
+        direction = np.random.default_rng(seed).standard_normal((1, shards[0].shape[1]))
+        spread = np.std(np.concatenate([(chunk @ direction[0]) for chunk in _chunks(shards)]))
+        # A hundred turns per standard deviation: neighbours part, rounding errors of an encoder do not matter.
+        direction *= 100 / max(spread, 1e-12)
+        return cls._fitted(shards, k, "random", direction, np.zeros(1), recorded)
+
+    @classmethod
+    def _fitted(cls, shards, k, kind, directions, offsets, recorded):
+        directions, offsets = (torch.from_numpy(np.array(a, dtype=np.float32)) for a in (directions, offsets))
+        part = np.concatenate([_ROUTES[kind](chunk, k, directions, offsets)[0] for chunk in _chunks(shards)])
+        return cls(k, kind, directions, offsets, np.bincount(part, minlength=k).tolist(), **recorded)
+
+    def __call__(self, class_labels=None, embeddings=None):
+        """Routes embeddings (see [`ConditionRouter.__call__`])."""
+        if embeddings is None or class_labels is not None:
+            raise ValueError(
+                f"embeddings: an EmbeddingRouter goes by them alone, got class_labels={type(class_labels).__name__}, "
+                f"embeddings={type(embeddings).__name__}."
+            )
+        return self._route(embeddings)[0]
+
+    def margins(self, embeddings):
+        """How far each embedding lies from the nearest cut, beyond which another student would serve it.
+
+        Args:
+            embeddings (`torch.Tensor` of shape `[B, D]`): As for a call.
+
+        Returns:
+            `torch.DoubleTensor` of shape `[B]`: Euclidean distances, in the units of the embeddings; infinite if K = 1.
+        """
+        return self._route(embeddings)[1]
+
+    def _route(self, embeddings):
+        _check_matrix(embeddings, self.directions.shape[1])
+        route = _ROUTES[self.config.kind]
+        part, margin = route(_to_numpy(embeddings), self.num_students, self.directions, self.offsets)
+        return torch.from_numpy(part), torch.from_numpy(margin)
+
+    @property
+    def part_sizes(self):
+        """`list[int]`: How many of the embeddings that it was fitted on each part got."""
+        return self.config.part_sizes
+
+    @property
+    def imbalance(self):
+        """`float`: Largest part over mean part; 1.0 is perfect balance."""
+        return max(self.part_sizes) * self.num_students / sum(self.part_sizes)
+
+
+def _route_kmeans(points, k, directions, offsets):
+    centers, offsets = directions.double().numpy(), offsets.double().numpy()
+    scores = _scores(points, centers) + offsets
+    part = scores.argmax(axis=1)
+    # The cut between parts i and j is a plane of normal 2 (d_i - d_j).
+    normals = 2 * np.linalg.norm(centers[:, None] - centers, axis=-1)
+    behind = scores[np.arange(len(points)), part, None] - scores
+    with np.errstate(divide="ignore", invalid="ignore"):
+        distances = behind / normals[part]
+    # No plane separates a part from itself, nor equal centres.
+    return part, np.where(np.isnan(distances), np.inf, distances).min(axis=1, initial=np.inf)
+
+
+def _route_quadrants(points, k, directions, offsets):
+    projections, cuts = points @ directions.double().numpy().T, offsets.double().numpy()
+    node, margin = np.zeros(len(points), dtype=np.int64), np.full(len(points), np.inf)
+    for level in range(k.bit_length() - 1):
+        # Level l has 2^l cuts, saved one level after the other.
+        above = projections[:, level] - cuts[2**level - 1 + node]
+        node, margin = 2 * node + (above > 0), np.minimum(margin, np.abs(above))
+    return node, margin
+
+
+def _route_random(points, k, directions, offsets):
+    direction = directions.double().numpy()[0]
+    place = k * ((points @ direction + offsets.double().numpy()[0]) % 1)
+    part = np.minimum(place.astype(np.int64), k - 1)
+    margin = np.minimum(place - part, part + 1 - place) / (k * np.linalg.norm(direction))
+    return part, margin if k > 1 else np.full(len(points), np.inf)
+
+
+_ROUTES = {"kmeans": _route_kmeans, "quadrants": _route_quadrants, "random": _route_random}
+
+
+def _scores(points, centers):
+    # Largest where |e - c_k|^2 is smallest; |e|^2 is the same for all k and is left out.
+    return 2 * points @ centers.T.astype(points.dtype) - (centers.astype(points.dtype) ** 2).sum(axis=1)
+
+
+def _balancing_offsets(scores, sweeps=100):
+    # Coordinate descent on mean_i max_k (scores_ik + o_k) - mean(o): where it is least, every part has N/K points.
+    # For one o_k with the others fixed the solution is a quantile.
+    num_points, k = scores.shape
+    offsets, seats = np.zeros(k), num_points // k
+    if k == 1:
+        return offsets
+    for _ in range(sweeps):
+        for j in range(k):
+            others = np.delete(scores + offsets, j, axis=1).max(axis=1)
+            needed = np.partition(others - scores[:, j], (seats - 1, seats))
+            offsets[j] = needed[seats - 1 : seats + 1].mean()
+        sizes = np.bincount((scores + offsets).argmax(axis=1), minlength=k)
+        if sizes.max() - sizes.min() <= 1 + 1e-3 * seats:
+            break
+    return offsets - offsets.mean()
+
+
+def _as_shards(embeddings, k):
+    """Checks what can be checked without reading: one or more arrays or tensors [n, D], N >= k rows in all."""
+    shards = list(embeddings) if isinstance(embeddings, (list, tuple)) else [embeddings]
+    for shard in shards:
+        _check_matrix(shard, shards[0].shape[-1])
+    num_points = sum(map(len, shards))
+    if type(k) is not int:
+        raise TypeError(f"k: got {k!r}; an int is allowed.")
+    if not 1 <= k <= num_points:
+        raise ValueError(f"k: got {k}; with {num_points} embeddings 1 ... {num_points} are allowed.")
+    return shards
+
+
+def _check_matrix(rows, width):
+    if not isinstance(rows, (torch.Tensor, np.ndarray)):
+        raise TypeError(f"embeddings: got a {type(rows).__name__}; an array or tensor of floats is needed.")
+    floating = rows.is_floating_point() if isinstance(rows, torch.Tensor) else rows.dtype.kind == "f"
+    if not floating or rows.ndim != 2 or rows.shape[1] != width:
+        raise ValueError(f"embeddings: got {rows.dtype} {list(rows.shape)}; floats of shape [N, {width}] are needed.")
+
+
+def _to_numpy(rows):
+    # bfloat16 is unknown to NumPy.
+    rows = rows.detach().float().cpu().numpy() if isinstance(rows, torch.Tensor) else rows
+    rows = np.asarray(rows, dtype=np.float64)
+    if not np.isfinite(rows).all():
+        raise ValueError("embeddings: a value is not finite; finite floats are needed.")
+    return rows
+
+
+def _chunks(shards, at_least=1):
+    # All shards as if they were one: float64 [n, D], n of CHUNK; a last piece of less than `at_least` rows is left out.
+    num_points = sum(map(len, shards))
+    for start in range(0, num_points, CHUNK):
+        if start == 0 or num_points - start >= at_least:
+            yield _rows(shards, np.arange(start, min(start + CHUNK, num_points)))
+
+
+def _rows(shards, rows):
+    # The given rows, ascending, of all shards as if they were one: float64 [n, D].
+    starts = np.cumsum([0, *map(len, shards)])
+    pieces = [rows[(rows >= a) & (rows < b)] - a for a, b in zip(starts, starts[1:])]
+    return np.concatenate([_to_numpy(shard[piece]) for shard, piece in zip(shards, pieces) if len(piece)])
