@@ -133,6 +133,12 @@ def test_the_batch_does_not_change_the_route():
     assert router(embeddings=x).tolist() == [router(embeddings=row[None]).item() for row in x]
 
 
+@pytest.mark.parametrize("kind", FITS)
+def test_embeddings_too_alike_to_be_parted_are_refused(kind):
+    with pytest.raises(ValueError, match="embeddings: they leave students .* without any"):
+        FITS[kind](torch.ones(10, 3), 2)
+
+
 def test_wrong_arguments_are_named():
     x = cloud(20)
     router = EmbeddingRouter.fit_quadrants(x, 4)

@@ -74,7 +74,7 @@ def train_all(output_dir: Path, pairs: Path, seed: int, workers: int):
                 "--resume_from_checkpoint", "latest",
             )  # fmt: skip
             jobs.append((command, output_dir / f"{folder.name}_student_{index}.log"))
-    bar = tqdm(total=total, desc="distilling 5 students", unit="it", initial=steps_done(output_dir))
+    bar = tqdm(total=total, desc=f"distilling {len(jobs)} students", unit="it", initial=steps_done(output_dir))
     with bar, ThreadPoolExecutor(workers) as pool:
         # All at once even on fewer cores: with one thread each they share them evenly, and no core idles at the end.
         threads = max(1, (os.cpu_count() or 1) // workers)

@@ -6,6 +6,9 @@ MSD (arXiv 2410.23274) cuts the prompts' space into four quadrants, because plai
 both are balanced: medians along principal axes, and k-means whose cells are moved until they are equally full.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import numpy as np
 import torch
 
@@ -35,7 +38,7 @@ class EmbeddingRouter(ConditionRouter):
         offsets (`torch.FloatTensor` of shape `[N]`): See the table.
         part_sizes (`list[int]`): How many of the embeddings that it was fitted on each part got.
         pooling (`str`, *optional*): How prompts were embedded, "mean" or "eos".
-        text_encoder_fingerprint (`str`, *optional*): What embedded them; another encoder is refused.
+        text_encoder_fingerprint (`str`, *optional*): What embedded them (`files.model_fingerprint`).
 
     Raises:
         ValueError: `kind` is unknown, or a tensor does not have its shape.
@@ -46,13 +49,9 @@ class EmbeddingRouter(ConditionRouter):
     def __init__(
         self, num_students, kind, directions, offsets, part_sizes, pooling=None, text_encoder_fingerprint=None
     ):
-        if kind not in _ROUTES:
-            raise ValueError(f"kind: got {kind!r}; one of {', '.join(_ROUTES)} is allowed.")
-        rows, cuts = {
-            "kmeans": (num_students, num_students),
-            "quadrants": (max(1, num_students.bit_length() - 1), num_students - 1),
-            "random": (1, 1),
-        }[kind]
+        if kind not in _KINDS:
+            raise ValueError(f"kind: got {kind!r}; one of {', '.join(_KINDS)} is allowed.")
+        rows, cuts = _KINDS[kind].sizes(num_students)
         if directions.ndim != 2 or len(directions) != rows or tuple(offsets.shape) != (cuts,):
             raise ValueError(
                 f"directions, offsets: got shapes {list(directions.shape)} and {list(offsets.shape)}; a {kind} router "
@@ -83,7 +82,8 @@ class EmbeddingRouter(ConditionRouter):
             recorded: `pooling` and `text_encoder_fingerprint`, kept in the config.
 
         Raises:
-            TypeError, ValueError: `embeddings` is no finite matrix, or `k` is out of range.
+            TypeError, ValueError: `embeddings` is no finite matrix, `k` is out of range, or so many embeddings are alike
+                that a part stays empty.
         """
         from sklearn.cluster import MiniBatchKMeans
 
@@ -91,7 +91,7 @@ class EmbeddingRouter(ConditionRouter):
         num_points = sum(map(len, shards))
         kmeans = MiniBatchKMeans(k, random_state=seed, batch_size=CHUNK)
         # Few points are passed over more often: a hundred updates settle the centres.
-        for _ in range(max(1, 100 // len(list(_chunks(shards, k))))):
+        for _ in range(max(1, 100 * CHUNK // max(CHUNK, num_points))):
             for chunk in _chunks(shards, k):
                 kmeans.partial_fit(chunk)
         centers, offsets = kmeans.cluster_centers_, np.zeros(k)
@@ -102,7 +102,9 @@ class EmbeddingRouter(ConditionRouter):
                 scores = _scores(points, centers)
                 offsets = _balancing_offsets(scores)
                 part = (scores + offsets).argmax(axis=1)
-                centers = np.stack([points[part == j].mean(axis=0, dtype=np.float64) for j in range(k)])
+                # A centre that no point is nearest to stays where it is.
+                for j in np.unique(part):
+                    centers[j] = points[part == j].mean(axis=0, dtype=np.float64)
             # The saved tensors are float32: the cuts belong to those.
             centers = centers.astype(np.float32)
             offsets = _balancing_offsets(_scores(points, centers))
@@ -124,7 +126,7 @@ class EmbeddingRouter(ConditionRouter):
         shards = _as_shards(embeddings, k)
         if k & (k - 1):
             raise ValueError(f"k: got {k}; quadrants are cut in halves, so a power of two is needed (2, 4, 8, ...).")
-        levels = max(1, k.bit_length() - 1)
+        levels = max(1, _levels(k))
         if levels > shards[0].shape[1]:
             raise ValueError(f"k: got {k}; embeddings of {shards[0].shape[1]} dimensions have fewer axes than cuts.")
         pca = IncrementalPCA(levels)
@@ -133,7 +135,7 @@ class EmbeddingRouter(ConditionRouter):
         axes = pca.components_.astype(np.float32)
         projections = np.concatenate([chunk @ axes.T.astype(np.float64) for chunk in _chunks(shards)])
         cuts, node = [], np.zeros(len(projections), dtype=np.int64)
-        for level in range(k.bit_length() - 1):
+        for level in range(_levels(k)):
             level_cuts = np.array([np.median(projections[node == j, level]) for j in range(2**level)])
             node = 2 * node + (projections[:, level] > level_cuts[node])
             cuts.extend(level_cuts)
@@ -158,8 +160,15 @@ class EmbeddingRouter(ConditionRouter):
     @classmethod
     def _fitted(cls, shards, k, kind, directions, offsets, recorded):
         directions, offsets = (torch.from_numpy(np.array(a, dtype=np.float32)) for a in (directions, offsets))
-        part = np.concatenate([_ROUTES[kind](chunk, k, directions, offsets)[0] for chunk in _chunks(shards)])
-        return cls(k, kind, directions, offsets, np.bincount(part, minlength=k).tolist(), **recorded)
+        route = _KINDS[kind].route
+        part = np.concatenate([route(chunk, k, directions, offsets)[0] for chunk in _chunks(shards)])
+        sizes = np.bincount(part, minlength=k).tolist()
+        if 0 in sizes:
+            raise ValueError(
+                f"embeddings: they leave students {[j for j in range(k) if not sizes[j]]} of {k} without any; too many "
+                "are alike, a smaller k is needed."
+            )
+        return cls(k, kind, directions, offsets, sizes, **recorded)
 
     def __call__(self, class_labels=None, embeddings=None):
         """Routes embeddings (see [`ConditionRouter.__call__`])."""
@@ -183,8 +192,9 @@ class EmbeddingRouter(ConditionRouter):
 
     def _route(self, embeddings):
         _check_matrix(embeddings, self.directions.shape[1])
-        route = _ROUTES[self.config.kind]
-        part, margin = route(_to_numpy(embeddings), self.num_students, self.directions, self.offsets)
+        part, margin = _KINDS[self.config.kind].route(
+            _to_numpy(embeddings), self.num_students, self.directions, self.offsets
+        )
         return torch.from_numpy(part), torch.from_numpy(margin)
 
     @property
@@ -214,7 +224,7 @@ def _route_kmeans(points, k, directions, offsets):
 def _route_quadrants(points, k, directions, offsets):
     projections, cuts = points @ directions.double().numpy().T, offsets.double().numpy()
     node, margin = np.zeros(len(points), dtype=np.int64), np.full(len(points), np.inf)
-    for level in range(k.bit_length() - 1):
+    for level in range(_levels(k)):
         # Level l has 2^l cuts, saved one level after the other.
         above = projections[:, level] - cuts[2**level - 1 + node]
         node, margin = 2 * node + (above > 0), np.minimum(margin, np.abs(above))
@@ -229,7 +239,21 @@ def _route_random(points, k, directions, offsets):
     return part, margin if k > 1 else np.full(len(points), np.inf)
 
 
-_ROUTES = {"kmeans": _route_kmeans, "quadrants": _route_quadrants, "random": _route_random}
+class _Kind(NamedTuple):
+    route: Callable  # points [n, D] (float64), K, directions, offsets -> students [n], margins [n]
+    sizes: Callable  # K -> number of directions, number of offsets
+
+
+_KINDS = {
+    "kmeans": _Kind(_route_kmeans, lambda k: (k, k)),
+    "quadrants": _Kind(_route_quadrants, lambda k: (max(1, _levels(k)), k - 1)),
+    "random": _Kind(_route_random, lambda k: (1, 1)),
+}
+
+
+def _levels(k):
+    # log2 of a power of two: how often halves are cut.
+    return k.bit_length() - 1
 
 
 def _scores(points, centers):
