@@ -1,9 +1,20 @@
 # Copyright 2026 The diffusers_msd authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny real components shared by the tests: nets of a few thousand weights, the EDM scheduler, whole pipelines."""
+"""Tiny real components shared by the tests: nets of a few thousand weights, schedulers, whole pipelines."""
+
+import json
+from pathlib import Path
 
 import torch
-from diffusers import EDMEulerScheduler, UNet2DModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EDMEulerScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diffusers_msd import ClassRouter, MultiStudentPipeline
 
@@ -59,3 +70,90 @@ def tiny_pipeline(k: int = 2, num_classes: int = 4, **unet_kwargs) -> MultiStude
 def generators(*seeds: int) -> list[torch.Generator]:
     """One CPU generator per image."""
     return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def tiny_tokenizer(folder: Path, max_length: int = 16) -> CLIPTokenizer:
+    """A character-level CLIP tokenizer; its two files are written into `folder`."""
+    characters = [chr(c) for c in range(33, 127)]
+    vocabulary = characters + [c + "</w>" for c in characters] + ["<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=max_length)
+
+
+def tiny_text_encoder(seed: int = 0, hidden_size: int = 16, max_length: int = 16) -> CLIPTextModel:
+    """A CLIP text model for `tiny_tokenizer`; prompts differ clearly in what it says."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = CLIPTextConfig(
+            vocab_size=190,
+            hidden_size=hidden_size,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=max_length,
+            bos_token_id=188,
+            eos_token_id=189,
+            pad_token_id=189,
+            initializer_factor=10.0,
+        )
+        return CLIPTextModel(config).eval()
+
+
+def tiny_vae(seed: int = 0) -> AutoencoderKL:
+    """An `AutoencoderKL` of 4 latent channels that halves the side of RGB images."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoencoderKL(
+            block_out_channels=(8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            latent_channels=4,
+            norm_num_groups=4,
+            sample_size=16,
+        ).eval()
+
+
+def tiny_text_unet(seed: int = 0, cross_attention_dim: int = 16, **config) -> UNet2DConditionModel:
+    """A `UNet2DConditionModel` on latents [4, 8, 8], in evaluation mode; other seeds give other weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        settings = {
+            "sample_size": 8,
+            "block_out_channels": (8, 16),
+            "layers_per_block": 1,
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+            "cross_attention_dim": cross_attention_dim,
+            "attention_head_dim": 8,
+            "norm_num_groups": 4,
+        }
+        return UNet2DConditionModel(**{**settings, **config}).eval()
+
+
+def sd_scheduler(prediction_type: str = "epsilon") -> DDIMScheduler:
+    """Stable Diffusion's schedule: scaled-linear betas from 0.00085 to 0.012, 1000 timesteps."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        prediction_type=prediction_type,
+    )
+
+
+def tiny_stable_diffusion(folder: Path, prediction_type: str = "epsilon") -> StableDiffusionPipeline:
+    """A whole Stable Diffusion teacher of tiny parts; `folder` takes the tokenizer's files."""
+    pipe = StableDiffusionPipeline(
+        vae=tiny_vae(),
+        text_encoder=tiny_text_encoder(),
+        tokenizer=tiny_tokenizer(folder),
+        unet=tiny_text_unet(),
+        scheduler=sd_scheduler(prediction_type),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
