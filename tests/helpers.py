@@ -139,6 +139,7 @@ def sd_scheduler(prediction_type: str = "epsilon") -> DDIMScheduler:
         beta_schedule="scaled_linear",
         clip_sample=False,
         set_alpha_to_one=False,
+        steps_offset=1,
         prediction_type=prediction_type,
     )
 

@@ -44,7 +44,7 @@ def embed_prompts(tokenizer, text_encoder, prompts: list[str]) -> tuple[torch.Te
     """
     length = tokenizer.model_max_length
     tokens = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-    for text, ids in zip(prompts, tokenizer(prompts).input_ids):
+    for text, ids in zip(prompts, tokenizer(prompts, verbose=False).input_ids):
         if len(ids) > length:
             lost = tokenizer.decode(ids[length - 1 : -1])
             logger.warning(f"prompt: {text!r} has more than the {length} tokens that are read; cut off: {lost!r}")
