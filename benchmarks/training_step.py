@@ -154,7 +154,7 @@ class RandomData(Dataset):
 
     def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
         noise = {"noise": pair_noise(indices, self.images.shape[1:])} if self.pairs else {}
-        return {"images": self.images[indices], "labels": self.labels[indices], **noise}
+        return {"images": self.images[indices], "cond": self.labels[indices], **noise}
 
 
 def build_nets(config: BenchmarkConfig, dtype: torch.dtype | None, meter: Meter) -> dict[str, Denoiser]:

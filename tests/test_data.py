@@ -62,9 +62,9 @@ def test_digits_are_exactly_v_over_8_minus_1():
     digits, dataset = load_digits(), load_images(DataConfig("digits"), channels=1)
     batch = dataset.__getitems__(range(len(dataset)))
     assert len(dataset) == 1797 and dataset.num_classes == 10 and dataset.image_shape == (1, 8, 8)
-    assert batch["images"].dtype == torch.float32 and batch["labels"].dtype == torch.int64
+    assert batch["images"].dtype == torch.float32 and batch["cond"].dtype == torch.int64
     assert np.array_equal(batch["images"][:, 0].numpy(), digits.images / 8 - 1)
-    assert batch["labels"].tolist() == digits.target.tolist()
+    assert batch["cond"].tolist() == digits.target.tolist()
 
 
 def test_a_batch_keeps_the_order_of_its_indices_and_equals_single_items():
@@ -72,7 +72,7 @@ def test_a_batch_keeps_the_order_of_its_indices_and_equals_single_items():
     batch = dataset.__getitems__(torch.tensor([5, 2, 5]))
     for row, index in enumerate([5, 2, 5]):
         assert torch.equal(batch["images"][row], dataset[index]["images"])
-        assert batch["labels"][row] == dataset[index]["labels"]
+        assert batch["cond"][row] == dataset[index]["cond"]
     with pytest.raises(IndexError):
         dataset[1797]
 
@@ -83,7 +83,7 @@ def test_a_part_holds_exactly_the_samples_of_its_classes():
     rows = [i for i, label in enumerate(dataset.labels.tolist()) if label in (3, 7)]
     assert part.num_classes == 10 and len(part) == len(rows)
     expected, got = dataset.__getitems__(rows), part.__getitems__(range(len(part)))
-    assert torch.equal(expected["images"], got["images"]) and torch.equal(expected["labels"], got["labels"])
+    assert torch.equal(expected["images"], got["images"]) and torch.equal(expected["cond"], got["cond"])
     assert set(part.part([3]).labels.tolist()) == {3}
 
 
@@ -109,7 +109,7 @@ def test_a_loader_with_workers_gives_the_same_batches(tmp_path, config):
     dataset = load_images(config(tmp_path / "data"), 1)
     loader = torch.utils.data.DataLoader(dataset, 4, num_workers=1, collate_fn=lambda batch: batch)
     batches = list(loader)
-    assert [len(batch["labels"]) for batch in batches] == [4, 2]
+    assert [len(batch["cond"]) for batch in batches] == [4, 2]
     assert torch.equal(torch.cat([batch["images"] for batch in batches]), dataset.__getitems__(range(6))["images"])
 
 

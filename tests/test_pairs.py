@@ -15,7 +15,7 @@ from diffusers_msd.schedule import NoiseSchedule
 
 SHAPE = (1, 8, 8)
 # 10 pairs in shards of 4, 4 and 2.
-SETTINGS = {"num_pairs": 10, "num_classes": 4, "image_shape": SHAPE, "num_steps": 2, "shard_size": 4, "batch_size": 3}
+SETTINGS = {"num_pairs": 10, "conditions": torch.arange(4), "image_shape": SHAPE, "num_steps": 2, "shard_size": 4, "batch_size": 3}
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +65,10 @@ def test_a_pair_is_the_teachers_heun_sample_of_its_noise_and_label(teacher, whol
     dataset = PairDataset(whole, "f" * 64)
     batch = dataset.__getitems__(range(10))
     assert dataset.labels.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1] and len(dataset) == 10
-    assert torch.equal(batch["labels"], dataset.labels)
+    assert torch.equal(batch["cond"], dataset.labels)
     assert batch["noise"].dtype == batch["images"].dtype == torch.float32
     assert torch.equal(batch["noise"], pair_noise(pair_seeds(0, range(10)), SHAPE))
-    expected = sample_heun(teacher, batch["noise"], batch["labels"], num_steps=2)
+    expected = sample_heun(teacher, batch["noise"], batch["cond"], num_steps=2)
     # Batches of 3 here, of 10 there. An untrained teacher's images are large.
     assert expected.std() > 1
     assert (batch["images"] - expected).abs().max() < 1e-4 * expected.abs().max()
@@ -78,7 +78,7 @@ def test_a_batch_keeps_the_order_of_its_indices_and_equals_single_items(whole):
     dataset = PairDataset(whole)
     batch = dataset.__getitems__(torch.tensor([9, 0, 4, 9]))
     for row, index in enumerate([9, 0, 4, 9]):
-        assert all(torch.equal(batch[name][row], dataset[index][name]) for name in ("noise", "labels", "images"))
+        assert all(torch.equal(batch[name][row], dataset[index][name]) for name in ("noise", "cond", "images"))
     with pytest.raises(IndexError):
         dataset[10]
 
@@ -162,7 +162,7 @@ def test_more_ranks_than_shards_is_no_error(teacher, whole, tmp_path):
     [
         ("fingerprint", "e" * 64),
         ("num_pairs", 11),
-        ("num_classes", 3),
+        ("conditions", torch.arange(3)),
         ("image_shape", (1, 16, 16)),
         ("seed", 1),
         ("num_steps", 3),
@@ -210,7 +210,7 @@ def test_a_folder_without_pairs_and_a_broken_index_are_named(tmp_path):
     "changes, message",
     [
         ({"num_pairs": 0}, "num_pairs: got 0"),
-        ({"num_classes": 0}, "num_classes: got 0"),
+        ({"conditions": torch.arange(0)}, "num_conditions: got 0"),
         ({"num_steps": 0}, "num_steps: got 0"),
         ({"shard_size": -1}, "shard_size: got -1"),
         ({"batch_size": 0}, "batch_size: got 0"),

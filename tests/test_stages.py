@@ -57,8 +57,8 @@ def data(total: int = BATCH, rows: slice = slice(None)) -> dict[str, dict[str, t
     generator = torch.Generator().manual_seed(3)
     real, noise, images = (torch.randn(total, 1, 8, 8, generator=generator) for _ in range(3))
     return {
-        "images": {"images": real[rows] / 2, "labels": (torch.arange(total) % 2 + 1)[rows]},
-        "pairs": {"noise": noise[rows], "images": images[rows] / 2, "labels": (torch.arange(total) % 4)[rows]},
+        "images": {"images": real[rows] / 2, "cond": (torch.arange(total) % 2 + 1)[rows]},
+        "pairs": {"noise": noise[rows], "images": images[rows] / 2, "cond": (torch.arange(total) % 4)[rows]},
     }
 
 
@@ -305,7 +305,7 @@ def test_dm_draws_its_levels_from_20_to_980_and_the_critic_from_all():
 @pytest.mark.parametrize("gan_t_max, last", [(1.0, 999), (0.5, 500)])
 def test_the_gan_draws_its_levels_up_to_gan_t_max_in_both_turns(gan_t_max, last):
     student, critic, _, fake = echoing_stage("adm", gan_t_max=gan_t_max)
-    real = {"images": {"images": torch.zeros(50_000, 1, 1, 1), "labels": torch.zeros(50_000).long()}}
+    real = {"images": {"images": torch.zeros(50_000, 1, 1, 1), "cond": torch.zeros(50_000).long()}}
     student({}, draws(50_000))
     critic(real, draws(50_000))
     dm, gan, denoising, both = (t for _, t in fake.asked)
@@ -338,7 +338,7 @@ def test_every_denoising_loss_is_weighed_by_lambda_at_its_own_level():
 
 def test_the_critic_sees_real_and_fake_at_independent_noise_each_under_its_own_name():
     _, critic, _, fake = echoing_stage("adm")
-    real = {"images": {"images": torch.full((5000, 1, 1, 1), 1e4), "labels": torch.zeros(5000).long()}}
+    real = {"images": {"images": torch.full((5000, 1, 1, 1), 1e4), "cond": torch.zeros(5000).long()}}
     losses = critic(real, draws(5000))
     # Samples lie near -1e4 and real images at 1e4, far beyond the noise: told apart by their signs.
     assert losses["gan"].max() == 0 and losses["gan_accuracy"].min() == 1
@@ -617,7 +617,7 @@ def train(turn, steps: int, lr: float, total: int = 256, batch=lambda draw: {}):
 
 
 def real_data(draw: Draws):
-    return {"images": {"images": MEAN + STD * draw.normal(1, 1, 1), "labels": torch.zeros(draw.total).long()}}
+    return {"images": {"images": MEAN + STD * draw.normal(1, 1, 1), "cond": torch.zeros(draw.total).long()}}
 
 
 def coarse_schedule(levels: int = 8) -> NoiseSchedule:
@@ -655,7 +655,7 @@ def test_dm_with_regression_reaches_the_teachers_own_map():
 
     def pairs(draw):
         z = draw.normal(1, 1, 1)
-        return {"pairs": {"noise": z, "images": MEAN - STD * z, "labels": torch.zeros(len(z)).long()}}
+        return {"pairs": {"noise": z, "images": MEAN - STD * z, "cond": torch.zeros(len(z)).long()}}
 
     train(turn, steps=400, lr=0.05, batch=pairs)
     mean, std = student.distribution()
@@ -732,8 +732,8 @@ def test_teacher_training_draws_edms_log_normal_levels():
             return super().forward(x_t, t, cond, guidance_scale)
 
     draw = draws(50_000)
-    DenoisingTurn(Recording(SCHEDULE), log_sigma_mean=-1.0, log_sigma_std=0.8)(real_data(draws(50_000)), draw)
+    DenoisingTurn(Recording(SCHEDULE), log_sigma=(-1.0, 0.8))(real_data(draws(50_000)), draw)
     assert abs(seen[0].mean() + 1.0) < 0.02 and abs(seen[0].std() - 0.8) < 0.02
     seen.clear()
-    DenoisingTurn(Recording(SCHEDULE), log_sigma_mean=0.0, log_sigma_std=5.0)(real_data(draws(50_000)), draws(50_000))
+    DenoisingTurn(Recording(SCHEDULE), log_sigma=(0.0, 5.0))(real_data(draws(50_000)), draws(50_000))
     assert float(seen[0].exp().min()) >= 0.002 - 1e-12 and float(seen[0].exp().max()) <= 80 + 1e-9

@@ -117,7 +117,7 @@ def evaluate(name: str, path: str, config: EvaluationConfig, feature_net, real: 
     z = pair_noise(pair_seeds(config.seed, range(config.num_images)), sample_shape(model.model))
     images, speed = generate(model, z, labels, config)
     samples[name] = images[: num_classes * 4].reshape(4, num_classes, *images.shape[1:]).transpose(0, 1)
-    row = evaluate_images(feature_net, images, labels, real["images"], real["labels"], model.parts())
+    row = evaluate_images(feature_net, images, labels, real["images"], real["cond"], model.parts())
     parameters = model.parameters()
     return {
         "model": name,

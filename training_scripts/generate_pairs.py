@@ -47,7 +47,7 @@ def main():
             denoiser_for(model.to(state.device), NoiseSchedule.from_scheduler(scheduler)),
             output_dir,
             num_pairs=config.num_pairs,
-            num_classes=model.config.num_class_embeds,
+            conditions=torch.arange(model.config.num_class_embeds),
             image_shape=sample_shape(model),
             fingerprint=model_fingerprint(model, scheduler),
             seed=config.seed,

@@ -88,7 +88,7 @@ def load_split(dataset_name, split, resolution, train_data_dir=None):
         parts = train_test_split(indices, test_size=0.2, stratify=dataset.labels.numpy(), random_state=0)
         indices = sorted(parts[0] if split == "train" else parts[1])
     batch = dataset.__getitems__(list(indices))
-    return batch["images"], batch["labels"]
+    return batch["images"], batch["cond"]
 
 
 def train(net, images, labels, args):

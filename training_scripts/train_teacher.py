@@ -100,7 +100,7 @@ def main():
     unet = build_unet(teacher_config, dataset.image_shape, dataset.num_classes)
     scheduler = EDMEulerScheduler(sigma_max=teacher_config.sigma_max, sigma_data=teacher_config.sigma_data)
     denoiser = denoiser_for(unet, NoiseSchedule.from_scheduler(scheduler), autocast_dtype=autocast_dtype(config))
-    turn = DenoisingTurn(denoiser, teacher_config.log_sigma_mean, teacher_config.log_sigma_std)
+    turn = DenoisingTurn(denoiser, (teacher_config.log_sigma_mean, teacher_config.log_sigma_std))
 
     def validate(step: int, model: ModelMixin):
         model.eval()

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from .shards import Rows
+
 
 # Where Debian's package dataset-fashion-mnist puts the four IDX files.
 FASHION_MNIST_DIR = Path("/usr/share/datasets/fashion-mnist")
@@ -40,10 +42,16 @@ class DataConfig:
     )
     train_data_dir: str | None = field(
         default=None,
-        metadata={"help": "Local folder: class folders of images, *.parquet, or IDX files (*-ubyte[.gz])."},
+        metadata={
+            "help": "Local folder: class folders of images, images with metadata.jsonl, *.parquet, webdataset *.tar, or IDX "
+            "files (*-ubyte[.gz])."
+        },
     )
     image_column: str = field(default="image", metadata={"help": "Column of the images (Hub and parquet)."})
     label_column: str = field(default="label", metadata={"help": "Column of the labels (Hub and parquet)."})
+    caption_column: str = field(
+        default="text", metadata={"help": "Column of the captions (text-conditional teachers only)."}
+    )
     resolution: int | None = field(
         default=None, metadata={"help": "Side of the images in pixels; default: the model's, else the data's own."}
     )
@@ -57,16 +65,17 @@ class DataConfig:
 
 
 class ImageDataset(torch.utils.data.Dataset):
-    """Labelled images in [-1, 1].
+    """Labelled images in [-1, 1], or labelled latents.
 
     A batch comes whole from `__getitems__`, so a `DataLoader` over it needs a `collate_fn` that returns its argument.
 
     Args:
-        read: takes row numbers (a list of n ints) to images, float32 [n, C, H, W] in [-1, 1].
+        read: takes row numbers (a list of n ints) to images, float32 [n, C, H, W].
         labels: LongTensor [N], values in [0, num_classes).
         num_classes: number of classes of the whole dataset; a part of it keeps this number.
         image_shape: (C, H, W).
         rows: the row of each sample; default: 0 ... N-1.
+        conditions: [num_classes, ...], what the networks take for each label; default: the labels themselves.
     """
 
     def __init__(
@@ -76,24 +85,27 @@ class ImageDataset(torch.utils.data.Dataset):
         num_classes: int,
         image_shape: tuple[int, int, int],
         rows: torch.Tensor | None = None,
+        conditions: torch.Tensor | Rows | None = None,
     ):
         self.labels = labels
         self.num_classes = num_classes
         self.image_shape = image_shape
         self._read = read
         self._rows = torch.arange(len(labels)) if rows is None else rows
+        self._conditions = torch.arange(num_classes) if conditions is None else conditions
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """{"images": float32 [C, H, W], "labels": int64 []}."""
+        """{"images": float32 [C, H, W], "cond": the label, int64 [], or its condition [...]}."""
         return {name: value[0] for name, value in self.__getitems__([index]).items()}
 
     def __getitems__(self, indices: Sequence[int] | torch.Tensor) -> dict[str, torch.Tensor]:
-        """{"images": float32 [B, C, H, W] in [-1, 1], "labels": int64 [B]}, in the order of `indices`."""
+        """{"images": float32 [B, C, H, W], "cond": int64 [B], or [B, ...]}, in the order of `indices`."""
         indices = torch.as_tensor(indices, dtype=torch.long)
-        return {"images": self._read(self._rows[indices].tolist()), "labels": self.labels[indices]}
+        images = self._read(self._rows[indices].tolist())
+        return {"images": images, "cond": self._conditions[self.labels[indices]]}
 
     def part(self, classes: torch.Tensor | Sequence[int]) -> "ImageDataset":
         """The samples whose label is in `classes`, in their old order.
@@ -111,7 +123,12 @@ class ImageDataset(torch.utils.data.Dataset):
         if not len(indices):
             raise ValueError(f"{argument} leaves none of the {len(self)} images; at least one is needed")
         return ImageDataset(
-            self._read, self.labels[indices], self.num_classes, self.image_shape, rows=self._rows[indices]
+            self._read,
+            self.labels[indices],
+            self.num_classes,
+            self.image_shape,
+            self._rows[indices],
+            self._conditions,
         )
 
 
@@ -162,13 +179,13 @@ def _open(config: DataConfig, channels: int, resolution: int | None) -> ImageDat
     if name == "digits":
         return _digits(config, channels, resolution)
     if name == "fashion_mnist" and folder is None and not FASHION_MNIST_DIR.is_dir():
-        images = _from_hf(_load_hf(config, "zalando-datasets/fashion_mnist"), config, channels=1, resolution=28)
+        images = _from_hf(load_hf(config, "zalando-datasets/fashion_mnist"), config, channels=1, resolution=28)
         pixels = images.__getitems__(range(len(images)))["images"][:, 0].add(1).mul(127.5).round().byte().numpy()
         return _mnist(pixels, images.labels.numpy(), config, channels, resolution)
     if name == "fashion_mnist" or (folder is not None and any(Path(folder).glob("*-ubyte*"))):
         images, labels = _read_idx_split(folder or FASHION_MNIST_DIR, config.dataset_split)
         return _mnist(images, labels, config, channels, resolution)
-    return _from_hf(_load_hf(config, name), config, channels, resolution)
+    return _from_hf(load_hf(config, name), config, channels, resolution)
 
 
 # Images held in memory.
@@ -189,7 +206,7 @@ def _from_arrays(images, labels, white, config, channels, resolution) -> ImageDa
                 f"{_MODES[channels]} is needed; set resize to convert them"
             )
         grey = np.rint(images * (255 / white)).astype(np.uint8)
-        images, white = np.stack([_fit(Image.fromarray(image), channels, resolution) for image in grey]), 255
+        images, white = np.stack([fit_image(Image.fromarray(image), channels, resolution) for image in grey]), 255
     pixels = torch.from_numpy(images).reshape(-1, resolution, resolution, channels).permute(0, 3, 1, 2).contiguous()
     labels = torch.from_numpy(labels.astype(np.int64))
     read = partial(_read_array, pixels, white)
@@ -252,12 +269,14 @@ def _read_idx(path: Path) -> np.ndarray:
 # Images read through HF datasets, decoded when they are asked for.
 
 
-def _load_hf(config: DataConfig, name: str | None):
+def load_hf(config: DataConfig, name: str | None):
+    """The split of a data set that HF `datasets` reads: `name` on the Hub, or the folder `config.train_data_dir`."""
     import datasets
 
     if name is None:
         argument, data_dir = f"train_data_dir: {config.train_data_dir}", config.train_data_dir
-        name = "parquet" if any(Path(data_dir).rglob("*.parquet")) else "imagefolder"
+        folders = {"*.parquet": "parquet", "*.tar": "webdataset"}
+        name = next((name for suffix, name in folders.items() if any(Path(data_dir).rglob(suffix))), "imagefolder")
     else:
         argument, data_dir = f"dataset_name: {name!r}", None
     options = {"data_dir": data_dir, "split": config.dataset_split, "cache_dir": config.cache_dir}
@@ -286,10 +305,10 @@ def _from_hf(dataset, config: DataConfig, channels: int, resolution: int | None)
     except NotImplementedError as error:
         raise ValueError(f"image_column: {config.image_column!r} holds no images ({error})") from error
     if resolution is None:
-        resolution = _open_image(dataset[0]["image"], 0)[0].width
+        resolution = open_image(dataset[0]["image"], 0)[0].width
     if not config.resize:
         for row, record in enumerate(dataset["image"]):
-            image, where = _open_image(record, row)
+            image, where = open_image(record, row)
             with image:
                 _check_image(image, where, channels, resolution)
     read = partial(_read_hf, dataset, channels, resolution)
@@ -314,15 +333,15 @@ def _hf_labels(dataset, column: str) -> tuple[torch.Tensor, int]:
 def _read_hf(dataset, channels: int, resolution: int, rows: list[int]) -> torch.Tensor:
     images = []
     for row, record in zip(rows, dataset[rows]["image"]):
-        image, where = _open_image(record, row)
+        image, where = open_image(record, row)
         try:
-            images.append(_fit(image, channels, resolution))
+            images.append(fit_image(image, channels, resolution))
         except (OSError, SyntaxError) as error:
             raise ValueError(f"image_column: {where} is truncated or corrupt ({error})") from error
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float().div(127.5).sub(1)
 
 
-def _open_image(record: dict | None, row: int) -> tuple[Image.Image, str]:
+def open_image(record: dict | None, row: int) -> tuple[Image.Image, str]:
     """Reads the header only (PIL decodes at the first use of the pixels). Also says what to call it in an error."""
     if record is None:
         raise ValueError(f"image_column: row {row} is empty; an image in every row is needed")
@@ -341,7 +360,7 @@ def _check_image(image: Image.Image, where: str, channels: int, resolution: int)
         )
 
 
-def _fit(image: Image.Image, channels: int, resolution: int) -> np.ndarray:
+def fit_image(image: Image.Image, channels: int, resolution: int) -> np.ndarray:
     """Turned upright; if need be converted, shorter side resized and center-cropped: uint8 [H, W, C]."""
     image = ImageOps.exif_transpose(image).convert(_MODES[channels])
     if image.size != (resolution, resolution):

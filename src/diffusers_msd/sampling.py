@@ -1,8 +1,12 @@
 # Copyright 2026 The diffusers_msd authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Many-step sampling of a teacher."""
+"""Many-step sampling of a teacher, always deterministic: the same noise gives the same sample."""
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
 from .denoiser import Denoiser
 
@@ -36,8 +40,7 @@ def sample_heun(
         ValueError: if `num_steps` < 1 or the schedule starts at infinite noise.
     """
     schedule = denoiser.schedule
-    if num_steps < 1:
-        raise ValueError(f"num_steps: at least 1 expected, got {num_steps}")
+    _check_steps(num_steps)
     if float(schedule.alphas[-1]) == 0:
         raise ValueError("denoiser: its schedule starts at infinite noise-to-signal ratio, which sample_heun cannot")
     ratios = schedule.ratios ** (1 / rho)
@@ -57,3 +60,65 @@ def sample_heun(
         x_euler = x + (after - now) * d
         x = x_euler if after == 0 else x + (after - now) * (d + slope(x_euler, after)) / 2
     return x
+
+
+@torch.no_grad()
+def sample_with_scheduler(
+    scheduler_class: type,
+    denoiser: Denoiser,
+    z: torch.Tensor,
+    cond: torch.Tensor | None = None,
+    num_steps: int = 50,
+    guidance_scale: float | None = None,
+) -> torch.Tensor:
+    """Samples with a solver of diffusers, from the schedule's last timestep, where the one-step student starts too.
+
+    The solver is given x0 predictions, so teachers of any prediction type take the same way.
+
+    Args:
+        scheduler_class: a diffusers scheduler with `trained_betas`, "sample" prediction and trailing timesteps.
+        denoiser: a teacher with a variance-preserving (DDPM-like) schedule.
+        z, cond, guidance_scale: as in `sample_heun`.
+        num_steps: network calls, at most the schedule's N.
+
+    Returns:
+        As `sample_heun`.
+
+    Raises:
+        ValueError: `num_steps` is out of range, or the schedule is not variance-preserving.
+    """
+    schedule = denoiser.schedule
+    _check_steps(num_steps)
+    alpha_bar = schedule.alphas**2
+    if not torch.allclose(alpha_bar + schedule.sigmas**2, torch.ones_like(alpha_bar)):
+        raise ValueError("denoiser: this sampler needs a DDPM-like schedule (alpha^2 + sigma^2 = 1); use sample_heun")
+    betas = 1 - alpha_bar / torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar[:-1]])
+    scheduler = scheduler_class(
+        num_train_timesteps=len(betas),
+        trained_betas=betas.numpy(),
+        prediction_type="sample",
+        timestep_spacing="trailing",
+        **SOLVER_SETTINGS[scheduler_class],
+    )
+    scheduler.set_timesteps(num_steps)
+    x = z
+    for t in scheduler.timesteps:
+        x0 = denoiser(x, t, cond, guidance_scale)
+        x = scheduler.step(x0, t, x, return_dict=False)[0]
+    return x
+
+
+# DDIM: arXiv 2010.02502, eq. 12 with eta = 0. DPM-Solver++(2M): arXiv 2211.01095, algorithm 2.
+SOLVER_SETTINGS = {DDIMScheduler: {"clip_sample": False}, DPMSolverMultistepScheduler: {}}
+
+# denoiser, z, cond, num_steps, guidance_scale -> samples
+SAMPLERS: dict[str, Callable] = {
+    "heun": sample_heun,
+    "ddim": partial(sample_with_scheduler, DDIMScheduler),
+    "dpm": partial(sample_with_scheduler, DPMSolverMultistepScheduler),
+}
+
+
+def _check_steps(num_steps: int):
+    if num_steps < 1:
+        raise ValueError(f"num_steps: at least 1 expected, got {num_steps}")

@@ -73,29 +73,42 @@ class Turn(nn.Module):
 
 
 class DenoisingTurn(Turn):
-    """Trains a teacher: denoising score matching at ln(sigma/alpha) ~ N(mean, std^2) (arXiv 2206.00364, table 1).
+    """Trains a teacher by denoising score matching.
 
     Args:
         denoiser: the network to train.
-        log_sigma_mean, log_sigma_std: EDM's P_mean and P_std.
+        log_sigma: mean and standard deviation of ln(sigma/alpha), EDM's P_mean and P_std (arXiv 2206.00364, table 1);
+            None draws t uniformly (arXiv 2006.11239, algorithm 1).
+        cond_dropout: share of samples that are trained with the denoiser's null condition (arXiv 2207.12598,
+            algorithm 1).
     """
 
     name = "teacher"
     needs = ("images",)
 
-    def __init__(self, denoiser: Denoiser, log_sigma_mean: float = -1.2, log_sigma_std: float = 1.2):
+    def __init__(
+        self, denoiser: Denoiser, log_sigma: tuple[float, float] | None = (-1.2, 1.2), cond_dropout: float = 0.0
+    ):
         super().__init__()
         self.denoiser = denoiser
-        self.log_sigma = (log_sigma_mean, log_sigma_std)
+        self.log_sigma = log_sigma
+        self.cond_dropout = cond_dropout
 
     def models(self):
         return {"unet": self.denoiser.model}
 
     def forward(self, batch, draw):
-        x0, cond = batch["images"]["images"], batch["images"]["labels"]
-        schedule, (mean, std) = self.denoiser.schedule, self.log_sigma
-        ratio = (draw.normal().double().cpu() * std + mean).exp().clamp(*schedule.ratios[[0, -1]].tolist())
-        t = schedule.from_ratio(ratio)
+        x0, cond = batch["images"]["images"], batch["images"]["cond"]
+        schedule = self.denoiser.schedule
+        if self.cond_dropout > 0:
+            dropped = draw.index(0, 9999) < round(10_000 * self.cond_dropout)
+            cond[dropped] = self.denoiser.null_cond.to(cond)
+        if self.log_sigma is None:
+            t = draw.index(0, schedule.last)
+        else:
+            mean, std = self.log_sigma
+            ratio = (draw.normal().double().cpu() * std + mean).exp().clamp(*schedule.ratios[[0, -1]].tolist())
+            t = schedule.from_ratio(ratio)
         x_t = schedule.add_noise(x0, draw.normal(*x0.shape[1:]), t)
         return {"loss": denoising_loss(self.denoiser(x_t, t, cond), x0, schedule.loss_weight(t))}
 
@@ -115,7 +128,7 @@ class TSMTurn(Turn):
         return {"student": self.student.model}
 
     def forward(self, batch, draw):
-        x0, cond = batch["images"]["images"], batch["images"]["labels"]
+        x0, cond = batch["images"]["images"], batch["images"]["cond"]
         schedule = self.student.schedule
         t = draw.index(0, schedule.last)
         x_t = schedule.add_noise(x0, draw.normal(*x0.shape[1:]), t)
@@ -166,9 +179,9 @@ class StudentTurn(Turn):
         if self.regression:
             pairs = batch["pairs"]
             # One forward for both terms: the network is called once per backward, as DDP wants it.
-            x, x_pairs = self.student.generate(
-                torch.cat([z, pairs["noise"]]), torch.cat([cond, pairs["labels"]])
-            ).chunk(2)
+            x, x_pairs = self.student.generate(torch.cat([z, pairs["noise"]]), torch.cat([cond, pairs["cond"]])).chunk(
+                2
+            )
         else:
             x = self.student.generate(z, cond)
         losses = {"dm": self.dm(x, cond, draw)}
@@ -244,7 +257,7 @@ class CriticTurn(Turn):
         fake_loss = denoising_loss(self.fake_score(x_t, t, cond), x, schedule.loss_weight(t))
         if self.discriminator is None:
             return {"loss": fake_loss, "fake_score": fake_loss}
-        real, real_cond = batch["images"]["images"], batch["images"]["labels"]
+        real, real_cond = batch["images"]["images"], batch["images"]["cond"]
         # Real and fake get independent noise and levels, and run through the encoder as one batch.
         levels = schedule.index_range(0, self.config.gan_t_max)
         t = torch.cat([draw.index(*levels), draw.index(*levels)])
@@ -304,7 +317,7 @@ def build_stage(
     if name == "dm":
         head = None
     elif name == "adm":
-        head = create_discriminator(fake_score, conditions[:1])
+        head = create_discriminator(fake_score, conditions[[0]])
     else:
         raise ValueError(f"stages: {name!r} is none of {', '.join(STAGES)}")
     return [
