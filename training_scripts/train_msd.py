@@ -1,10 +1,12 @@
 # Copyright 2026 The diffusers_msd authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Distils a class-conditional teacher into K one-step students: TSM, DM and ADM stages of multi-student distillation.
+"""Distils a teacher into K one-step students: TSM, DM and ADM stages of multi-student distillation.
 
     accelerate launch training_scripts/train_msd.py --config training_scripts/configs/digits_msd.yaml \
         --pretrained_teacher_model runs/digits_teacher --pairs_dir runs/digits_pairs \
         --num_students 2 --output_dir runs/digits_k2
+
+Text-conditional teachers (Stable Diffusion) take `--captions_dir` in place of a data set; see cache_captions.py.
 
 When every student is there, `--output_dir` is a `MultiStudentPipeline`. Students share only the teacher, the pairs and
 the router: K jobs with `--student_index 0 ... K-1` and the same output folder give the same weights as one job of all.
@@ -17,14 +19,16 @@ import torch
 from diffusers import ModelMixin
 from filelock import FileLock
 
-from diffusers_msd import ClassRouter, MultiStudentPipeline
+from diffusers_msd import MultiStudentPipeline
+from diffusers_msd.conditions import ConditionConfig, conditions_for, fit_router
 from diffusers_msd.config import for_stage, parse_config, run_script
-from diffusers_msd.data import DataConfig, load_images
+from diffusers_msd.data import DataConfig
 from diffusers_msd.denoiser import Denoiser, denoiser_for, sample_shape
 from diffusers_msd.draws import derive_seed
-from diffusers_msd.files import check_writable, load_model, model_fingerprint
+from diffusers_msd.files import check_writable, fingerprint, load_model, model_fingerprint
 from diffusers_msd.grids import save_grid
 from diffusers_msd.metrics import FeatureNet, extract_features, frechet_distance
+from diffusers_msd.objectives import PERCEPTUAL
 from diffusers_msd.pairs import PairDataset, pair_noise
 from diffusers_msd.pipeline_msd import SLOTS
 from diffusers_msd.runs import claim_run
@@ -41,23 +45,17 @@ from diffusers_msd.training_config import TrainingConfig, autocast_dtype, create
 class MSDConfig:
     """What is distilled into what."""
 
-    pretrained_teacher_model: str = field(metadata={"help": "Folder or Hub id of the teacher (unet/, scheduler/)."})
+    pretrained_teacher_model: str = field(
+        metadata={"help": "Folder or Hub id of the teacher: unet/, scheduler/, and for Stable Diffusion the rest."}
+    )
     output_dir: str = field(metadata={"help": "Folder of the run; becomes the pipeline."})
-    num_students: int = field(default=1, metadata={"help": "K, the number of students and parts of the classes."})
+    num_students: int = field(default=1, metadata={"help": "K, the number of students and parts of the conditions."})
     student_index: int | None = field(default=None, metadata={"help": "Train only this one of 0 ... K-1."})
     stages: list[str] = field(
         default_factory=lambda: ["dm", "adm"],
         metadata={"help": "Stages to run, in the order tsm, dm, adm.", "choices": list(STAGES)},
     )
     pairs_dir: str | None = field(default=None, metadata={"help": "Pairs of generate_pairs.py, for the DM stage."})
-    partition: str = field(
-        default="consecutive",
-        metadata={
-            "help": "How classes are split: consecutive, random (seeded by --seed), or kmeans on the teacher's class "
-            "embeddings, balanced.",
-            "choices": ["consecutive", "random", "kmeans"],
-        },
-    )
     allow_random_student: bool = field(
         default=False, metadata={"help": "Start a smaller student without the TSM stage, from random weights."}
     )
@@ -70,20 +68,14 @@ class MSDConfig:
     hub_token: str | None = field(default=None, metadata={"help": "Token to push with; default: the saved login."})
 
 
-PARTITIONS = {
-    "consecutive": lambda teacher, k, seed: ClassRouter.consecutive(teacher.config.num_class_embeds, k),
-    "random": lambda teacher, k, seed: ClassRouter.random(teacher.config.num_class_embeds, k, seed),
-    "kmeans": lambda teacher, k, seed: ClassRouter.from_embeddings(teacher.class_embedding.weight, k),
-}
-
-
-def check_config(config: MSDConfig, teacher: ModelMixin, student: StudentConfig, stage_config: StageConfig):
-    """Refuses what cannot work before anything is loaded or trained."""
-    classes = teacher.config.num_class_embeds
-    most = min(classes, len(SLOTS))
+def check_config(
+    config: MSDConfig, conditions, teacher: ModelMixin, student: StudentConfig, stage_config: StageConfig
+):
+    """Refuses what cannot work before anything is trained."""
+    most = min(len(conditions.values), len(SLOTS))
     if not 1 <= config.num_students <= most:
         raise ValueError(
-            f"num_students: 1 to {most} (the {classes} classes, at most {len(SLOTS)}) expected, "
+            f"num_students: 1 to {most} (the {len(conditions.values)} conditions, at most {len(SLOTS)}) expected, "
             f"got {config.num_students}"
         )
     if config.student_index is not None and not 0 <= config.student_index < config.num_students:
@@ -95,7 +87,7 @@ def check_config(config: MSDConfig, teacher: ModelMixin, student: StudentConfig,
             "pairs_dir: the DM stage regresses on the teacher's pairs; make them with generate_pairs.py, "
             "or pass --regression_weight 0"
         )
-    if stage_config.guidance_scale not in (None, 1):
+    if stage_config.guidance_scale not in (None, 1) and conditions.null is None:
         raise ValueError(
             f"guidance_scale: class-conditional teachers have no null condition, leave it out; "
             f"got {stage_config.guidance_scale}"
@@ -115,48 +107,82 @@ def check_config(config: MSDConfig, teacher: ModelMixin, student: StudentConfig,
 
 
 class Validation:
-    """Draws a grid (a row per class of the part, fixed seeds) and measures the part's Fréchet distance."""
+    """Draws a grid (a row per condition shown, fixed seeds) and measures the part's Fréchet distance.
+
+    Args:
+        student: the student in training.
+        part: the conditions of its part [n, ...].
+        shown: those of the grid [m, ...].
+        make_decoder: called with the device, gives the map from samples to images; what it holds lives no longer than
+            one validation.
+        folder: of the grids.
+        feature_net: of the distance, None for no distance.
+        real: the part's data.
+        num_images: per distance.
+    """
 
     columns = 8
 
-    def __init__(self, student: Denoiser, classes: torch.Tensor, folder: Path, feature_net, real, num_images: int):
-        self.student, self.classes, self.folder = student, classes, folder
-        self.feature_net, self.num_images = feature_net, num_images
+    def __init__(self, student: Denoiser, part, shown, make_decoder, folder: Path, feature_net, real, num_images: int):
+        self.student, self.part, self.shown, self.make_decoder = student, part, shown, make_decoder
+        self.folder, self.feature_net, self.num_images = folder, feature_net, num_images
         if feature_net is not None:
             # Ten thousand real images settle the distance well below its differences between students.
-            batch = real.__getitems__(range(0, len(real), -(-len(real) // 10_000)))
-            self.real_features = extract_features(feature_net, batch["images"])[0]
+            samples = real.__getitems__(range(0, len(real), -(-len(real) // 10_000)))["images"]
+            with torch.no_grad():
+                self.real_features = extract_features(feature_net, self.decode(samples))[0]
 
-    def generate(self, labels: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
+    def decode(self, samples: torch.Tensor) -> torch.Tensor:
+        decoder = self.make_decoder(self.student.model.device)
+        return torch.cat([decoder(batch).cpu() for batch in samples.split(64)])
+
+    def generate(self, cond: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
         device = self.student.model.device
         z = pair_noise(seeds, sample_shape(self.student.model))
-        batches = [self.student.generate(a.to(device), b.to(device)) for a, b in zip(z.split(256), labels.split(256))]
-        return torch.cat(batches).cpu()
+        batches = [self.student.generate(a.to(device), b.to(device)) for a, b in zip(z.split(256), cond.split(256))]
+        return self.decode(torch.cat(batches))
 
     def __call__(self, step: int, model: ModelMixin) -> dict[str, float]:
-        labels = self.classes.repeat_interleave(self.columns)
-        images = self.generate(labels, torch.arange(self.columns).repeat(len(self.classes)))
+        cond = self.shown.repeat_interleave(self.columns, dim=0)
+        images = self.generate(cond, torch.arange(self.columns).repeat(len(self.shown)))
         save_grid(images, self.columns, self.folder / f"samples-{step:07d}.png")
         if self.feature_net is None:
             return {}
         seeds = torch.arange(self.num_images)
-        images = self.generate(self.classes[seeds % len(self.classes)], seeds)
+        images = self.generate(self.part[seeds % len(self.part)], seeds)
         return {"fd": frechet_distance(self.real_features, extract_features(self.feature_net, images)[0])}
 
 
 class Run:
     """One run: everything the students share, and the training of each."""
 
-    def __init__(self, config: MSDConfig, student: StudentConfig, data: DataConfig, stage: StageConfig, training):
-        self.config, self.student, self.stage, self.training = config, student, stage, training
+    def __init__(
+        self,
+        config: MSDConfig,
+        condition: ConditionConfig,
+        student: StudentConfig,
+        data: DataConfig,
+        stage: StageConfig,
+        training: TrainingConfig,
+    ):
+        self.config, self.condition, self.student, self.stage, self.training = (
+            config,
+            condition,
+            student,
+            stage,
+            training,
+        )
         teacher, self.scheduler = load_teacher(config.pretrained_teacher_model)
-        check_config(config, teacher, student, stage)
+        self.conditions = conditions_for(teacher, config.pretrained_teacher_model, condition)
+        check_config(config, self.conditions, teacher, student, stage)
         for i in range(len(config.stages)):
             for_stage(training, i, len(config.stages)), for_stage(stage, i, len(config.stages))
         self.output_dir = check_writable(config.output_dir, "output_dir")
-        self.router = PARTITIONS[config.partition](teacher, config.num_students, training.seed)
+        self.router = fit_router(self.conditions, condition, config.num_students, training.seed)
+        assigned = self.conditions.assign(self.router)
+        self.parts = [torch.nonzero(assigned == k).flatten() for k in range(config.num_students)]
         self.fingerprint = model_fingerprint(teacher, self.scheduler)
-        self.datasets = self._open_data(teacher, data)
+        self.datasets = self._open_data(data)
         self.feature_net = None
         if config.validation_feature_net is not None:
             self.feature_net = load_model(FeatureNet, config.validation_feature_net, "validation_feature_net")
@@ -165,40 +191,39 @@ class Run:
         probe = denoiser_for(teacher, self.schedule)
         for i, name in enumerate(config.stages):
             settings = for_stage(stage, i, len(config.stages))
-            build_stage(name, probe, probe, probe, self.router.classes(0), settings)
-        claim_run(self.output_dir, self._shared_settings())
+            build_stage(name, probe, probe, probe, self.conditions.part(self.parts[0]), settings)
+        claim_run(self.output_dir, self._shared_settings(assigned))
 
         self.accelerator = create_accelerator(training, self.output_dir)
+        if self.accelerator.is_main_process:
+            self.conditions.report(self.router, self.output_dir)
         self.dtype = autocast_dtype(training)
         self.teacher_model = teacher
         # The one that is asked for predictions is only read, so it may live in the lower precision.
         self.teacher = self._denoiser(teacher if self.dtype is None else create_student(teacher).to(self.dtype))
         self.teacher.requires_grad_(False)
 
-    def _open_data(self, teacher: ModelMixin, data: DataConfig) -> dict:
+    def _open_data(self, data: DataConfig) -> dict:
         datasets = {}
         if {"tsm", "adm"} & set(self.config.stages) or self.config.validation_feature_net:
-            channels, size, _ = sample_shape(teacher)
-            images = load_images(data, channels, size)
-            if images.num_classes != teacher.config.num_class_embeds:
-                raise ValueError(
-                    f"dataset_name: the images have {images.num_classes} classes, "
-                    f"the teacher {teacher.config.num_class_embeds}"
-                )
-            for k in range(self.config.num_students):
-                images.part(self.router.classes(k))  # Refuses a part without images.
-            datasets["images"] = images
+            datasets["images"] = self.conditions.images(data)
+            for rows in self.parts:
+                datasets["images"].part(rows)  # Refuses a part without images.
         if "dm" in self.config.stages and self.stage.regression_weight > 0:
             # All parts, the same for every student: filtering the pairs by part costs modes.
-            datasets["pairs"] = PairDataset(self.config.pairs_dir, self.fingerprint)
+            datasets["pairs"] = PairDataset(
+                self.config.pairs_dir, self.fingerprint, self.conditions.values, self.conditions.identity
+            )
         return datasets
 
-    def _shared_settings(self) -> dict:
+    def _shared_settings(self, assigned: torch.Tensor) -> dict:
         """What all jobs of a run, and a resumed one, must have in common."""
         return {
             "teacher": self.fingerprint,
             "num_students": self.config.num_students,
-            "class_to_student": self.router.class_to_student.tolist(),
+            "partition": fingerprint(
+                {"student_of_each_condition": assigned}, {"conditions": self.conditions.identity}
+            ),
             "stages": self.config.stages,
             "student_channels": self.student.student_channels,
             "student_blocks": self.student.student_blocks,
@@ -207,7 +232,7 @@ class Run:
 
     def _denoiser(self, model: ModelMixin) -> Denoiser:
         # eval(): distillation runs without dropout, whatever the teacher was trained with.
-        return denoiser_for(model, self.schedule, autocast_dtype=self.dtype).eval()
+        return denoiser_for(model, self.schedule, null_cond=self.conditions.null, autocast_dtype=self.dtype).eval()
 
     def train_student(self, k: int):
         """Runs the stages of student k, each from the weights of the one before."""
@@ -218,16 +243,19 @@ class Run:
             folder = self.output_dir / f"student_{k}" / stage
             if not (folder / "final" / "summary.json").is_file():
                 student, fake_score = self._start(previous, k)
-                classes = self.router.classes(k).to(self.accelerator.device)
+                part, rows = self.conditions.part(self.parts[k]), self.parts[k]
+                settings = for_stage(self.stage, i, count)
                 # Seeds the discriminator's initial weights.
                 torch.manual_seed(derive_seed(seed, k, stage))
-                turns = build_stage(stage, student, self.teacher, fake_score, classes, for_stage(self.stage, i, count))
+                turns = build_stage(stage, student, self.teacher, fake_score, part, settings, self._decode(settings))
                 datasets = dict(self.datasets)
                 if "images" in datasets:
-                    datasets["images"] = datasets["images"].part(classes.cpu())
+                    datasets["images"] = datasets["images"].part(rows)
                 validation = Validation(
                     student,
-                    classes.cpu(),
+                    part,
+                    self.conditions.shown(self.router, k, rows),
+                    self.conditions.decoder,
                     folder,
                     self.feature_net,
                     datasets.get("images"),
@@ -246,6 +274,12 @@ class Run:
                     # A checkpoint given by name is of the stage that was interrupted, not of later ones.
                     self.training = replace(self.training, resume_from_checkpoint="latest")
             previous = folder / "final"
+
+    def _decode(self, settings: StageConfig):
+        """Samples to images with gradient, for distances that are defined on images; None for the others."""
+        if settings.regression_weight > 0 and settings.regression_distance in PERCEPTUAL:
+            return self.conditions.decoder(self.accelerator.device)
+        return None
 
     def _start(self, previous: Path | None, k: int) -> tuple[Denoiser, Denoiser]:
         """Student and fake score at the start of a stage: from the one before, else from the teacher."""
@@ -281,27 +315,29 @@ class Run:
                 f"unet_{k}": load_model(type(self.teacher_model), folder / "student", "output_dir")
                 for k, folder in finals.items()
             }
-            pipe = MultiStudentPipeline(scheduler=self.scheduler, router=self.router, **students)
+            pipe = MultiStudentPipeline(
+                scheduler=self.scheduler, router=self.router, **self.conditions.components(), **students
+            )
             pipe.model_card_details = self._card()
             pipe.save_pretrained(self.output_dir)
             return pipe
 
     def _card(self) -> str:
         stages = " -> ".join(self.config.stages).upper()
+        partition = self.condition.router or self.condition.partition or self.conditions.default_partition
         return (
             f"## Training\n\nTeacher: `{Path(self.config.pretrained_teacher_model).name}` (fingerprint "
-            f"`{self.fingerprint[:12]}`). Stages: {stages}. Partition: {self.config.partition}. "
-            f"Seed: {self.training.seed}."
+            f"`{self.fingerprint[:12]}`). Stages: {stages}. Partition: {partition}. Seed: {self.training.seed}."
         )
 
 
 def main():
-    config, student, data, stage, training = parse_config(
-        [MSDConfig, StudentConfig, DataConfig, StageConfig, TrainingConfig], __doc__
+    config, condition, student, data, stage, training = parse_config(
+        [MSDConfig, ConditionConfig, StudentConfig, DataConfig, StageConfig, TrainingConfig], __doc__
     )
     if config.push_to_hub and training.report_to == "wandb" and config.hub_token:
         raise ValueError("hub_token: with --report_to wandb it would be uploaded; use `hf auth login` instead")
-    run = Run(config, student, data, stage, training)
+    run = Run(config, condition, student, data, stage, training)
     run.accelerator.init_trackers("train_msd")
     indices = range(config.num_students) if config.student_index is None else [config.student_index]
     for k in indices:

@@ -114,6 +114,8 @@ DISTANCES: dict[str, Callable[[], Callable]] = {
     "l1": lambda: l1_distance,
     "lpips": lpips_distance,
 }
+# Those between images: for a teacher of latents, samples are decoded first.
+PERCEPTUAL = {"lpips"}
 
 
 def regression_loss(

@@ -6,6 +6,8 @@ A stage is a list of turns. A turn owns the networks one optimizer updates, says
 needs, and computes its loss; the trainer knows nothing else about the method.
 """
 
+from collections.abc import Callable
+
 import torch
 from diffusers import ModelMixin
 from torch import nn
@@ -145,6 +147,7 @@ class StudentTurn(Turn):
         conditions: the part's conditions [n, ...], drawn from uniformly.
         config: weights.
         discriminator: the GAN head; with it the GAN term is added, without it the regression.
+        decode: samples to images, applied before the regression's distance; None compares the samples themselves.
     """
 
     name = "student"
@@ -157,9 +160,11 @@ class StudentTurn(Turn):
         conditions: torch.Tensor,
         config: StageConfig,
         discriminator: DiscriminatorHead | None = None,
+        decode: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ):
         super().__init__()
         self.student = student
+        self.decode = decode
         self.frozen = {"teacher": teacher, "fake_score": fake_score}
         if discriminator is not None:
             self.frozen["discriminator"] = discriminator
@@ -187,7 +192,10 @@ class StudentTurn(Turn):
         losses = {"dm": self.dm(x, cond, draw)}
         loss = losses["dm"]
         if self.regression:
-            losses["regression"] = regression_loss(x_pairs, pairs["images"], self.distance)
+            target = pairs["images"]
+            if self.decode is not None:
+                x_pairs, target = self.decode(x_pairs), self.decode(target)
+            losses["regression"] = regression_loss(x_pairs, target, self.distance)
             loss = loss + self.config.regression_weight * losses["regression"]
         if "discriminator" in self.frozen:
             losses["gan"] = gan_generator_loss(self.fake_logits(x, cond, draw))
@@ -300,6 +308,7 @@ def build_stage(
     fake_score: Denoiser | None,
     conditions: torch.Tensor,
     config: StageConfig,
+    decode: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> list[Turn]:
     """The turns of stage "tsm", "dm" or "adm" in the order they run (arXiv 2410.23274; method of arXiv 2405.14867).
 
@@ -308,6 +317,7 @@ def build_stage(
         student, teacher, fake_score: the networks; `fake_score` is not used by "tsm".
         conditions: the conditions of the student's part [n, ...].
         config: weights and schedules.
+        decode: samples to images, for a regression distance between images.
 
     Raises:
         ValueError: for an unknown stage.
@@ -321,6 +331,6 @@ def build_stage(
     else:
         raise ValueError(f"stages: {name!r} is none of {', '.join(STAGES)}")
     return [
-        StudentTurn(student, teacher, fake_score, conditions, config, head),
+        StudentTurn(student, teacher, fake_score, conditions, config, head, decode),
         CriticTurn(student, fake_score, conditions, config, head),
     ]
