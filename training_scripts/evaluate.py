@@ -10,7 +10,6 @@ results.json, results.md, samples.png, and learning_curves.png if a model's fold
 """
 
 import json
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from diffusers_msd import MultiStudentPipeline
 from diffusers_msd.config import parse_config, run_script
 from diffusers_msd.data import DataConfig, load_images
 from diffusers_msd.denoiser import denoiser_for, sample_shape
+from diffusers_msd.evaluation import generate, markdown_table
 from diffusers_msd.files import atomic_write, check_writable, load_model, write_json
 from diffusers_msd.metrics import FeatureNet, describe_feature_net, evaluate_images
 from diffusers_msd.pairs import pair_noise, pair_seeds
@@ -92,18 +92,6 @@ def open_model(path: str, config: EvaluationConfig):
     return Students(path, config.device)
 
 
-@torch.no_grad()
-def generate(model, z: torch.Tensor, labels: torch.Tensor, config: EvaluationConfig) -> tuple[torch.Tensor, float]:
-    """All images [N, C, H, W], in [-1, 1], and images per second after a warm-up batch."""
-    size = config.sample_batch_size
-    model.sample(z[:size].to(config.device), labels[:size].to(config.device))
-    began = time.perf_counter()
-    batches = [
-        model.sample(a.to(config.device), b.to(config.device)).cpu() for a, b in zip(z.split(size), labels.split(size))
-    ]
-    return torch.cat(batches).clamp(-1, 1), len(z) / (time.perf_counter() - began)
-
-
 def evaluate(name: str, path: str, config: EvaluationConfig, feature_net, real: dict, samples: dict) -> dict:
     """One model's row; a row of samples per class is added to `samples`."""
     model = open_model(path, config)
@@ -115,7 +103,7 @@ def evaluate(name: str, path: str, config: EvaluationConfig, feature_net, real: 
         )
     labels = torch.arange(config.num_images) % num_classes
     z = pair_noise(pair_seeds(config.seed, range(config.num_images)), sample_shape(model.model))
-    images, speed = generate(model, z, labels, config)
+    images, speed = generate(model.sample, z, labels, config.sample_batch_size, config.device)
     samples[name] = images[: num_classes * 4].reshape(4, num_classes, *images.shape[1:]).transpose(0, 1)
     row = evaluate_images(feature_net, images, labels, real["images"], real["cond"], model.parts())
     parameters = model.parameters()
@@ -127,27 +115,6 @@ def evaluate(name: str, path: str, config: EvaluationConfig, feature_net, real: 
         "training_seconds": training_record(Path(path)).get("seconds"),
         "images_per_second": speed,
     }
-
-
-COLUMNS = {
-    "FD": lambda r: f"{r['fd']:.4f}",
-    "KID": lambda r: f"{r['kid']:.2f} ± {r['kid_std']:.2f}",
-    "class accuracy": lambda r: f"{100 * r['class_accuracy']:.2f} %",
-    "precision": lambda r: f"{r['precision']:.3f}",
-    "recall": lambda r: f"{r['recall']:.3f}",
-    "FD of each part": lambda r: ", ".join(f"{part['fd']:.4f}" for part in r.get("parts", {}).values()) or "-",
-    "parameters per student": lambda r: f"{r['parameters']:,}",
-    "in total": lambda r: f"{r['parameters_total']:,}",
-    "training s": lambda r: f"{r['training_seconds']:.0f}" if r["training_seconds"] else "-",
-    "images / s": lambda r: f"{r['images_per_second']:.0f}",
-}
-
-
-def markdown_table(rows: list[dict]) -> str:
-    """The results, a model a row."""
-    lines = ["| model | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    lines += [f"| {r['model']} | " + " | ".join(cell(r) for cell in COLUMNS.values()) + " |" for r in rows]
-    return "\n".join(lines)
 
 
 def main():

@@ -58,22 +58,31 @@ def steps_done(output_dir: Path) -> int:
     return sum(int(last.split('"step": ')[1].split(",")[0].rstrip("}")) for *_, last in filter(None, lines))
 
 
-def train_all(output_dir: Path, pairs: Path, seed: int, workers: int):
-    """Trains every student of every run, `workers` at a time, with one progress bar over all iterations."""
+def student_jobs(output_dir: Path, runs: list[tuple[str, str, int]], settings: list) -> tuple[list, int]:
+    """One command with its log per student of each run, and how many iterations all of them have.
+
+    Args:
+        output_dir: folder of the runs.
+        runs: name, config file, K.
+        settings: flags of train_msd.py that all runs have.
+    """
     import yaml
 
     jobs, total = [], 0
-    for name, config, k in RUNS:
+    for name, config, k in runs:
         total += k * sum(yaml.safe_load((SCRIPTS / "configs" / config).read_text())["max_train_steps"])
         for index in range(k):
             folder = folder_of(output_dir, name)
             command = script(
-                "train_msd.py", "--config", SCRIPTS / "configs" / config, "--pretrained_teacher_model", TEACHER,
-                "--validation_feature_net", FEATURES, "--pairs_dir", pairs, "--num_students", k,
-                "--student_index", index, "--seed", seed, "--output_dir", folder,
-                "--resume_from_checkpoint", "latest",
+                "train_msd.py", "--config", SCRIPTS / "configs" / config, *settings, "--num_students", k,
+                "--student_index", index, "--output_dir", folder, "--resume_from_checkpoint", "latest",
             )  # fmt: skip
             jobs.append((command, output_dir / f"{folder.name}_student_{index}.log"))
+    return jobs, total
+
+
+def train_all(output_dir: Path, jobs: list, total: int, workers: int):
+    """Runs the jobs, `workers` at a time, with one progress bar over all iterations."""
     bar = tqdm(total=total, desc=f"distilling {len(jobs)} students", unit="it", initial=steps_done(output_dir))
     with bar, ThreadPoolExecutor(workers) as pool:
         # All at once even on fewer cores: with one thread each they share them evenly, and no core idles at the end.
@@ -107,7 +116,11 @@ def main():
         threads=os.cpu_count() or 1,
     )
     print(f"2/3 students: {arguments.workers} at a time")
-    train_all(output_dir, pairs, arguments.seed, arguments.workers)
+    settings = [
+        "--pretrained_teacher_model", TEACHER, "--validation_feature_net", FEATURES, "--pairs_dir", pairs,
+        "--seed", arguments.seed,
+    ]  # fmt: skip
+    train_all(output_dir, *student_jobs(output_dir, RUNS, settings), arguments.workers)
     print("3/3 evaluation")
     models = [f"teacher={TEACHER}"] + [f"{name}={folder_of(output_dir, name)}" for name, _, _ in RUNS[::-1]]
     results = output_dir / "results"
@@ -125,7 +138,8 @@ def main():
     print(f"Took {time.monotonic() - began:.0f} s.")
 
 
-if __name__ == "__main__":
+def run_recipe(main):
+    """Runs a recipe: a failed script is shown by the end of its log, an interrupt says how to go on."""
     try:
         main()
     except RuntimeError as error:
@@ -134,3 +148,7 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         print("\ninterrupted; run the same command again to continue", file=sys.stderr)
         sys.exit(130)
+
+
+if __name__ == "__main__":
+    run_recipe(main)

@@ -175,7 +175,7 @@ def cache_latents(
             }
             images = {row: image for row, image in images.items() if image is not None}
             if images:
-                pixels = torch.from_numpy(np.stack(list(images.values()))).permute(0, 3, 1, 2).float() / 127.5 - 1
+                pixels = _as_pixels(list(images.values()))
                 mean = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mean
                 latents.append(((mean.float() - shift) * scale).half().cpu())
                 kept += images
@@ -203,6 +203,26 @@ def _read(record: dict | None, caption, row: int, resolution: int) -> np.ndarray
         return None
 
 
+def read_images(dataset, rows: torch.Tensor, resolution: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Some images of a data set in memory.
+
+    Args:
+        dataset: from `load_captions`, with images.
+        rows: LongTensor [N].
+        resolution: as in `cache_latents`; images that cannot be read are left out as there.
+
+    Returns:
+        (images float32 [n, 3, H, W] in [-1, 1], which of `rows` they are: BoolTensor [N]).
+    """
+    entries = [dataset[row] for row in rows.tolist()]
+    images = [_read(e["image"], e["caption"], row, resolution) for e, row in zip(entries, rows.tolist())]
+    return _as_pixels([image for image in images if image is not None]), torch.tensor([i is not None for i in images])
+
+
+def _as_pixels(images: list[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
 def vae_fingerprint(vae: AutoencoderKL) -> str:
     """SHA-256 of a VAE's weights and settings."""
     return fingerprint(vae.state_dict(), vae.config)
@@ -221,6 +241,12 @@ class CaptionCache:
     Args:
         captions_dir: their `output_dir`.
 
+    Attributes:
+        rows: the row of the data set of each caption, LongTensor [N], ascending.
+        embeddings: [N, L, D]; null_embedding: that of the empty prompt [L, D].
+        identity: names these captions with this encoder, in this order.
+        skipped: rows that had no caption.
+
     Raises:
         FileNotFoundError, ValueError: a table is missing, damaged or unfinished (the file is named).
     """
@@ -231,16 +257,15 @@ class CaptionCache:
         shards = _embedding_shards(self.folder, index, "captions_dir").read_all(checksum=False)
         self._tensors = [tensors for tensors, _ in shards]
         self._captions = [metadata["captions"] for _, metadata in shards]
-        self._rows = torch.cat([tensors["rows"] for tensors in self._tensors])
+        self.rows = torch.cat([tensors["rows"] for tensors in self._tensors])
         self.text_encoder_fingerprint = index["text_encoder"]
-        self.skipped = index["num_rows"] - len(self._rows)
-        # Names these conditions, in this order.
-        self.identity = fingerprint({"rows": self._rows}, index)
+        self.skipped = index["num_rows"] - len(self.rows)
+        self.identity = fingerprint({"rows": self.rows}, index)
         self.embeddings = Rows([tensors["embeddings"] for tensors in self._tensors])
         self.null_embedding = load_tensors(self.folder / "embeddings" / NULL_FILE, "captions_dir")[0]["embeddings"]
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.rows)
 
     @property
     def captions(self) -> list[str]:
@@ -274,7 +299,7 @@ class CaptionCache:
         shards = [
             tensors for tensors, _ in _latent_shards(self.folder, index, "captions_dir").read_all(checksum=False)
         ]
-        labels = torch.searchsorted(self._rows, torch.cat([tensors["rows"] for tensors in shards]))
+        labels = torch.searchsorted(self.rows, torch.cat([tensors["rows"] for tensors in shards]))
         latents = Rows([tensors["latents"] for tensors in shards])
         read = partial(_read_rows, latents)
         return ImageDataset(read, labels, len(self), tuple(latents.shape[1:]), conditions=self.embeddings)

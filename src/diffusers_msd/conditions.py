@@ -188,7 +188,8 @@ class TextConditions:
     def report(self, router: ConditionRouter, folder: Path):
         pooled = torch.cat(self.pooled)
         atomic_write(folder / "partition.txt", router.report(self.cache.captions, pooled) + "\n")
-        plot_margins(router, pooled, folder / "partition.png")
+        if router.num_students > 1:
+            plot_margins(router, pooled, folder / "partition.png")
 
 
 CONDITIONS: dict[type, type] = {UNet2DModel: ClassConditions, UNet2DConditionModel: TextConditions}

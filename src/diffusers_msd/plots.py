@@ -20,24 +20,29 @@ def _figure(*args, **kwargs):
     return plt.subplots(*args, **kwargs)
 
 
-def plot_samples(samples: dict[str, torch.Tensor], path: Path):
-    """Saves one picture: a row per class, a block of columns per model, from the same noise.
+def plot_samples(samples: dict[str, torch.Tensor], path: Path, conditions: list[str] | None = None):
+    """Saves one picture: a row per condition, a block of columns per model, from the same noise.
 
     Args:
-        samples: by model name [num_classes, n, C, H, W] in [-1, 1], the same shape for all.
+        samples: by model name [rows, n, C, H, W] in [-1, 1], the same number of rows for all.
         path: of the PNG file.
+        conditions: what the rows show; default: the classes 0, 1, ...
     """
     grids = {name: image_grid(images.flatten(0, 1), columns=images.shape[1]) for name, images in samples.items()}
     rows = len(next(iter(samples.values())))
-    width, height = next(iter(grids.values())).size
-    size = (len(grids) * (width / 100 + 0.2) + 0.4, height / 100 + 0.4)
-    figure, axes = _figure(1, len(grids), figsize=size, squeeze=False, layout="tight")
+    height = next(iter(grids.values())).height
+    widths = [grid.width for grid in grids.values()]
+    size = (sum(widths) / 100 + 0.2 * len(grids) + (0.4 if conditions is None else 2), height / 100 + 0.4)
+    figure, axes = _figure(1, len(grids), figsize=size, squeeze=False, layout="tight", width_ratios=widths)
     for axis, (name, grid) in zip(axes[0], grids.items()):
         axis.imshow(grid, interpolation="nearest")
         axis.set_title(name, fontsize=9)
         axis.set_xticks([])
-        axis.set_yticks([height / rows * (i + 0.5) for i in range(rows)], labels=range(rows), fontsize=7)
-    axes[0][0].set_ylabel("class", fontsize=8)
+        axis.set_yticks([])
+    names = range(rows) if conditions is None else conditions
+    axes[0][0].set_yticks([height / rows * (i + 0.5) for i in range(rows)], labels=names, fontsize=7)
+    if conditions is None:
+        axes[0][0].set_ylabel("class", fontsize=8)
     figure.savefig(path, dpi=150)
 
 
@@ -68,4 +73,43 @@ def plot_learning_curves(runs: dict[str, Path], path: Path):
         axis.set_yscale("log")
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=7)
+    figure.savefig(path, dpi=120)
+
+
+def plot_margins(router, embeddings: torch.Tensor, path: Path):
+    """Saves how sure a router is: a histogram of the margins of each part, and the sizes of the parts.
+
+    What lies near 0 is ambiguous: a little beside, another student would answer.
+
+    Args:
+        router: an `EmbeddingRouter` of two or more students.
+        embeddings: [N, D] of the prompts, as for a call of the router.
+        path: of the PNG file.
+
+    Raises:
+        ValueError: the router has one student, and so no cuts.
+    """
+    if router.num_students == 1:
+        raise ValueError("router: with one student there are no cuts to be near to; two or more are needed")
+    part, margins = router(embeddings=embeddings), router.margins(embeddings)
+    students = range(router.num_students)
+    figure, (left, right) = _figure(1, 2, figsize=(9, 3.5), layout="tight")
+    colors = [f"C{k % 10}" for k in students]
+    left.hist(
+        [margins[part == k].numpy() for k in students],
+        bins=50,
+        range=(0, float(margins.max())),
+        histtype="step",
+        color=colors,
+        label=[f"student {k}" for k in students],
+    )
+    left.set_xlabel("margin: distance to the nearest cut")
+    left.set_ylabel("prompts")
+    left.legend(fontsize=7, reverse=True)
+    sizes = torch.bincount(part, minlength=router.num_students)
+    right.bar(students, sizes.numpy(), color=colors)
+    right.axhline(len(part) / router.num_students, color="black", linestyle="--", linewidth=1)
+    right.set_xticks(students)
+    right.set_xlabel("student")
+    right.set_title("part sizes (dashed: equal parts)", fontsize=10)
     figure.savefig(path, dpi=120)
