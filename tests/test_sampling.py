@@ -1,13 +1,24 @@
 # Copyright 2026 The diffusers_msd authors.
 # SPDX-License-Identifier: Apache-2.0
-"""sample_heun against the exact probability-flow map of a Gaussian, EDM's algorithm, and itself in another view."""
+"""sample_heun against the exact probability-flow map of a Gaussian, EDM's algorithm, and itself in another view.
+
+Solvers of diffusers against its Stable Diffusion pipeline.
+"""
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
-from helpers import edm_scheduler, tiny_unet
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
+from helpers import edm_scheduler, tiny_stable_diffusion, tiny_unet
 
 from diffusers_msd import Denoiser, NoiseSchedule, denoiser_for, sample_heun
+from diffusers_msd.prompts import embed_prompts
+from diffusers_msd.sampling import SAMPLERS
 from diffusers_msd.schedule import expand
 
 
@@ -140,3 +151,27 @@ def test_bad_step_counts_and_infinite_noise_are_refused_before_the_network_runs(
     with pytest.raises(ValueError, match="infinite noise"):
         sample_heun(flow, noise())
     assert denoiser.calls == flow.calls == 0
+
+
+@pytest.mark.parametrize("name, solver", [("ddim", DDIMScheduler), ("dpm", DPMSolverMultistepScheduler)])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_solvers_of_diffusers_make_what_a_stable_diffusion_pipeline_makes(name, solver, prediction_type, tmp_path):
+    pipe = tiny_stable_diffusion(tmp_path, prediction_type)
+    denoiser = denoiser_for(
+        pipe.unet,
+        NoiseSchedule.from_scheduler(pipe.scheduler),
+        null_cond=embed_prompts(pipe.tokenizer, pipe.text_encoder, [""])[0][0],
+    )
+    pipe.scheduler = solver.from_config(pipe.scheduler.config, timestep_spacing="trailing", set_alpha_to_one=True)
+    z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    prompts = ["a cat", "the moon"]
+    with torch.no_grad():
+        cond, _ = embed_prompts(pipe.tokenizer, pipe.text_encoder, prompts)
+    expected = pipe(prompts, num_inference_steps=5, guidance_scale=3.0, latents=z.clone(), output_type="latent").images
+    got = SAMPLERS[name](denoiser, z, cond, 5, 3.0)
+    assert torch.allclose(got, expected, rtol=1e-3, atol=1e-3 * expected.abs().max())
+
+
+def test_solvers_of_diffusers_refuse_schedules_that_are_not_variance_preserving():
+    with pytest.raises(ValueError, match="denoiser: .*sample_heun"):
+        SAMPLERS["ddim"](GaussianDenoiser(edm()), noise())
