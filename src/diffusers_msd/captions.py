@@ -49,6 +49,8 @@ def load_captions(config: DataConfig, with_images: bool):
     """
     import datasets
 
+    if with_images and config.image_column == config.caption_column:
+        raise ValueError(f"caption_column: got {config.caption_column!r}, which is image_column too; two are needed")
     dataset = load_hf(config, config.dataset_name)
     columns = {config.caption_column: ("caption_column", "caption")}
     if with_images:
