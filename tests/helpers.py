@@ -3,6 +3,8 @@
 """Tiny real components shared by the tests: nets of a few thousand weights, schedulers, whole pipelines."""
 
 import json
+import random
+import string
 from pathlib import Path
 
 import torch
@@ -16,7 +18,8 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from diffusers_msd import ClassRouter, MultiStudentPipeline
+from diffusers_msd import ClassRouter, EmbeddingRouter, MultiStudentPipeline
+from diffusers_msd.prompts import embed_prompts, encoder_fingerprint, pool_embeddings
 
 
 def tiny_unet(
@@ -156,5 +159,45 @@ def tiny_stable_diffusion(folder: Path, prediction_type: str = "epsilon") -> Sta
         feature_extractor=None,
         requires_safety_checker=False,
     )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def random_prompts(n: int = 16, seed: int = 0) -> list[str]:
+    """Prompts of two to ten random letters, none twice."""
+    draw = random.Random(seed)
+    words: dict[str, None] = {}
+    while len(words) < n:
+        words["".join(draw.choices(string.ascii_lowercase, k=draw.randint(2, 10)))] = None
+    return list(words)
+
+
+def tiny_text_router(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, k: int, **recorded) -> EmbeddingRouter:
+    """Quadrants of `random_prompts()`, an equal number in each part."""
+    pooled = pool_embeddings(*embed_prompts(tokenizer, text_encoder, random_prompts()), "eos")
+    fingerprint = encoder_fingerprint(text_encoder)
+    return EmbeddingRouter.fit_quadrants(
+        pooled, k, **{"pooling": "eos", "text_encoder_fingerprint": fingerprint, **recorded}
+    )
+
+
+def tiny_text_pipeline(folder: Path, k: int = 4, **parts) -> MultiStudentPipeline:
+    """K tiny students of prompts behind `tiny_text_router`; `folder` takes the tokenizer's files.
+
+    Args:
+        folder: an existing folder.
+        k: a power of two.
+        parts: arguments of the pipeline to use instead or besides.
+    """
+    tokenizer, text_encoder = tiny_tokenizer(folder), tiny_text_encoder()
+    components = {
+        "scheduler": sd_scheduler(),
+        "router": tiny_text_router(tokenizer, text_encoder, k),
+        "vae": tiny_vae(),
+        "text_encoder": text_encoder,
+        "tokenizer": tokenizer,
+        **{f"unet_{i}": tiny_text_unet(seed=i) for i in range(k)},
+    }
+    pipe = MultiStudentPipeline(**{**components, **parts})
     pipe.set_progress_bar_config(disable=True)
     return pipe

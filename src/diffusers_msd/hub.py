@@ -13,14 +13,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
 
 import diffusers
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import logging
 from huggingface_hub import CommitInfo, ModelCard, ModelCardData, create_repo, hf_hub_download, upload_folder
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from safetensors import SafetensorError
 
+from .embedding_routing import EmbeddingRouter
 from .files import atomic_directory, check_writable
-from .routing import ClassRouter
+from .routing import ClassRouter, ConditionRouter
 
 
 logger = logging.get_logger(__name__)
@@ -35,9 +36,9 @@ CARD = """
 {mark}
 # {title}
 
-{total} one-step students behind one pipeline, distilled from one teacher (multi-student distillation,
-[arXiv 2410.23274](https://huggingface.co/papers/2410.23274)). The router picks the student that serves a class label,
-and that student makes the image in a single network call.
+{total} {steps}-step students behind one pipeline, distilled from one teacher (multi-student distillation,
+[arXiv 2410.23274](https://huggingface.co/papers/2410.23274)). The router picks the student that serves a {condition},
+and that student makes the image in {calls}.
 
 ## Use
 
@@ -45,7 +46,7 @@ and that student makes the image in a single network call.
 from diffusers_msd import MultiStudentPipeline
 
 pipe = MultiStudentPipeline.from_pretrained("{name}")  # this folder, or its repo id on the Hub
-images = pipe(class_labels=[{label}], num_images_per_prompt=4).images
+images = pipe({example}, num_images_per_prompt=4).images
 ```
 
 `MultiStudentPipeline.from_pretrained("{name}", unet_1=None)` leaves student 1 out: it is not even downloaded.
@@ -152,33 +153,55 @@ def model_card(pipe: DiffusionPipeline, name: str) -> ModelCard:
         name: what `from_pretrained` shall be given in the usage snippet.
 
     Raises:
-        ValueError: the pipeline has no router or no students.
+        ValueError: the pipeline has no router, scheduler or students.
     """
     counts = {k: unet.num_parameters() for k, unet in pipe.students.items()}
-    if pipe.router is None or not counts:
-        raise ValueError("router, unet_0: a pipeline without router or without students cannot be saved")
+    if pipe.router is None or pipe.scheduler is None or not counts:
+        raise ValueError("router, scheduler, unet_0: a pipeline without these cannot be saved")
+    first = min(counts)
+    takes_prompts = isinstance(pipe.students[first], UNet2DConditionModel)
+    most_steps = len(pipe.timesteps)
+    steps = "one" if most_steps == 1 else "few"
     data = ModelCardData(
         library_name="diffusers",
-        pipeline_tag="unconditional-image-generation",
-        tags=["diffusers", "diffusers_msd", "multi-student-distillation", "one-step", "class-conditional"],
+        pipeline_tag="text-to-image" if takes_prompts else "unconditional-image-generation",
+        tags=[
+            *("diffusers", "diffusers_msd", "multi-student-distillation", f"{steps}-step"),
+            "text-to-image" if takes_prompts else "class-conditional",
+        ],
     )
-    first = min(counts)
-    has_table = isinstance(pipe.router, ClassRouter)
     text = CARD.format(
         mark=CARD_MARK,
         title=name.split("/")[-1],
         total=pipe.router.num_students,
+        steps=steps,
+        condition="prompt" if takes_prompts else "class label",
+        calls="a single network call" if most_steps == 1 else f"at most {most_steps} network calls",
         name=name,
-        label=int(pipe.router.classes(first)[0]) if has_table else 0,
+        example='"a red apple"' if takes_prompts else f"class_labels=[{_example_label(pipe.router, first)}]",
         model_class=type(pipe.students[first]).__name__,
         first=first,
         students="\n".join(f"| `unet_{k}` | {count:,} |" for k, count in counts.items()),
         parameters=sum(counts.values()),
         router=type(pipe.router).__name__,
-        parts=pipe.router.report() if has_table else f"{pipe.router.num_students} students",
+        parts=_parts(pipe.router),
         details=f"\n{pipe.model_card_details.strip()}\n" if pipe.model_card_details else "",
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
+
+
+def _example_label(router: ConditionRouter, k: int) -> int:
+    return int(router.classes(k)[0]) if isinstance(router, ClassRouter) else 0
+
+
+def _parts(router: ConditionRouter) -> str:
+    if isinstance(router, ClassRouter):
+        return router.report()
+    if not isinstance(router, EmbeddingRouter):
+        return f"{router.num_students} students"
+    sizes = [f"student {k}: {size:,} prompts" for k, size in enumerate(router.part_sizes)]
+    kind = f"{router.config.kind}, imbalance (largest part over mean part) {router.imbalance:.3f}"
+    return "\n".join([kind, *sizes])
 
 
 def upload(
@@ -223,10 +246,13 @@ class SafePipeline(DiffusionPipeline):
     """A diffusers pipeline whose saves are whole, whose loads never unpickle and whose card is its own."""
 
     def to_json_string(self) -> str:
-        """The index, less the empty slots and the place where this copy was loaded from."""
+        """The index, less what is empty and the place where this copy was loaded from."""
         index = json.loads(super().to_json_string())
         index.pop("_name_or_path", None)
-        return json.dumps({k: v for k, v in index.items() if v != [None, None]}, indent=2, sort_keys=True) + "\n"
+        return (
+            json.dumps({k: v for k, v in index.items() if v not in (None, [None, None])}, indent=2, sort_keys=True)
+            + "\n"
+        )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):
