@@ -28,11 +28,13 @@ ARROWS: dict[str, set[str]] = {
     },
     # on their own
     "config": set(),
-    "data": set(),
+    "evaluation": set(),
     "discriminator": set(),
     "draws": set(),
+    "embedding_rows": set(),
     "files": set(),
     "objectives": set(),
+    "retrieval": set(),
     "schedule": set(),
     "students": set(),
     "training_config": set(),
@@ -40,7 +42,7 @@ ARROWS: dict[str, set[str]] = {
     "denoiser": {"schedule"},
     "sampling": {"denoiser"},
     "routing": {"files"},
-    "embedding_routing": {"routing"},
+    "embedding_routing": {"embedding_rows", "routing"},
     # files of teachers, runs and pictures
     "teachers": {"files"},
     "checkpoint": {"files"},
@@ -48,25 +50,50 @@ ARROWS: dict[str, set[str]] = {
     "grids": {"files"},
     "plots": {"grids", "runs"},
     "metrics": {"files"},
-    "pairs": {"denoiser", "files", "sampling"},
+    # data and conditions
+    "shards": {"files"},
+    "data": {"shards"},
+    "pairs": {"denoiser", "files", "sampling", "shards"},
+    "captions": {"data", "files", "prompts", "shards"},
+    "conditions": {
+        "captions",
+        "data",
+        "denoiser",
+        "embedding_routing",
+        "files",
+        "pairs",
+        "plots",
+        "prompts",
+        "routing",
+        "shards",
+        "teachers",
+    },
     # training
     "batches": {"draws"},
     "stage_config": {"objectives"},
     "stages": {"denoiser", "discriminator", "draws", "objectives", "stage_config"},
     "training": {"batches", "checkpoint", "draws", "files", "stages", "training_config"},
     # serving
-    "hub": {"files", "routing"},
-    "pipeline_msd": {"denoiser", "hub", "routing", "schedule"},
+    "prompts": set(),
+    "hub": {"embedding_routing", "files", "routing"},
+    "pipeline_inputs": {"embedding_routing", "prompts", "routing", "schedule"},
+    "assembly": {"files", "pipeline_inputs", "routing", "teachers"},
+    "student_slots": {"assembly", "hub", "pipeline_inputs", "routing"},
+    "pipeline_msd": {"denoiser", "pipeline_inputs", "prompts", "routing", "schedule", "student_slots"},
 }
 TRAINING = {
     "batches",
+    "captions",
     "checkpoint",
+    "conditions",
     "data",
     "discriminator",
     "draws",
     "objectives",
     "pairs",
+    "retrieval",
     "runs",
+    "shards",
     "stage_config",
     "stages",
     "training",
@@ -130,7 +157,7 @@ def test_the_trainer_does_not_know_the_method():
 
 def test_importing_the_package_loads_neither_training_code_nor_its_libraries():
     unwanted = [
-        *(f"diffusers_msd.{name}" for name in sorted(TRAINING | {"metrics", "plots", "config", "teachers"})),
+        *(f"diffusers_msd.{name}" for name in sorted(TRAINING | {"metrics", "plots", "config"})),
         *("datasets", "sklearn", "torchmetrics", "torchvision", "lpips", "matplotlib", "tensorboard"),
     ]
     code = f"import sys, diffusers_msd; print([m for m in {unwanted} if m in sys.modules])"

@@ -5,23 +5,18 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import diffusers
 import torch
 from diffusers import (
-    AutoencoderKL,
-    DDPMScheduler,
     DiffusionPipeline,
     ModelMixin,
-    SchedulerMixin,
     UNet2DConditionModel,
     UNet2DModel,
 )
-from safetensors import SafetensorError
-from transformers import CLIPTextModel, CLIPTokenizer
 
 from .files import load_model
 from .pipeline_inputs import SHARED_SETTINGS, SLOTS, check_students
 from .routing import ConditionRouter
+from .teachers import load_scheduler, load_text_parts
 
 
 FAMILIES = {family.__name__: family for family in SHARED_SETTINGS}
@@ -124,34 +119,5 @@ def load_base(source: str | Path | DiffusionPipeline, takes_prompts: bool, dtype
         if missing:
             raise ValueError(f"base: this {type(source).__name__} has no {', '.join(missing)}")
         return {name: source.components[name] for name in names}
-    base = {"scheduler": _load_scheduler(source)}
-    if takes_prompts:
-        base["vae"] = load_model(AutoencoderKL, source, "base", subfolder="vae", dtype=dtype)
-        base["text_encoder"], base["tokenizer"] = _load_text_parts(source, dtype)
-    return base
-
-
-def _load_text_parts(source: str | Path, dtype: torch.dtype | None) -> tuple[CLIPTextModel, CLIPTokenizer]:
-    try:
-        text_encoder = CLIPTextModel.from_pretrained(
-            source, subfolder="text_encoder", use_safetensors=True, dtype=dtype or torch.float32
-        )
-        tokenizer = CLIPTokenizer.from_pretrained(source, subfolder="tokenizer")
-    except SafetensorError as error:
-        raise ValueError(f"base: {source} has a damaged text_encoder/: {error}") from error
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"base: {source} has no readable text_encoder/ and tokenizer/: {error}") from error
-    # transformers makes up an empty vocabulary where it finds no files.
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise FileNotFoundError(f"base: {source} has no tokenizer/ with a vocabulary")
-    return text_encoder, tokenizer
-
-
-def _load_scheduler(source: str | Path) -> SchedulerMixin:
-    try:
-        name = DDPMScheduler.load_config(source, subfolder="scheduler")["_class_name"]
-    except OSError as error:
-        raise FileNotFoundError(f"base: {source} has no readable scheduler/: {error}") from error
-    if name not in dir(diffusers):
-        raise ValueError(f"base: {source}: diffusers has no scheduler {name!r}")
-    return load_model(getattr(diffusers, name), source, "base", subfolder="scheduler")
+    scheduler = load_scheduler(source, "base")
+    return {"scheduler": scheduler, **(load_text_parts(source, "base", dtype)._asdict() if takes_prompts else {})}

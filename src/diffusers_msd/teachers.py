@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import diffusers
+import torch
 from diffusers import AutoencoderKL, DDPMScheduler, ModelMixin, SchedulerMixin, UNet2DConditionModel, UNet2DModel
+from safetensors import SafetensorError
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from .files import atomic_directory, load_model, model_fingerprint, write_json
@@ -16,7 +18,7 @@ TEACHERS = {"UNet2DModel": UNet2DModel, "UNet2DConditionModel": UNet2DConditionM
 
 
 class TextParts(NamedTuple):
-    """What surrounds the UNet of a Stable Diffusion teacher, in float32 without gradient."""
+    """What surrounds the UNet of a Stable Diffusion teacher, without gradient."""
 
     tokenizer: CLIPTokenizer
     text_encoder: CLIPTextModel
@@ -32,11 +34,11 @@ def save_teacher(path: Path, model: ModelMixin, scheduler: SchedulerMixin, recor
     write_json(path / "teacher.json", {**(record or {}), "fingerprint": model_fingerprint(model, scheduler)})
 
 
-def _class_name(path: str, subfolder: str, config_class: type) -> str:
+def _class_name(path: str | Path, subfolder: str, config_class: type, argument: str) -> str:
     try:
         return config_class.load_config(path, subfolder=subfolder)["_class_name"]
     except OSError as error:
-        raise FileNotFoundError(f"pretrained_teacher_model: {path} has no readable {subfolder}/: {error}") from error
+        raise FileNotFoundError(f"{argument}: {path} has no readable {subfolder}/: {error}") from error
 
 
 def load_teacher(path: str) -> tuple[ModelMixin, SchedulerMixin]:
@@ -48,7 +50,7 @@ def load_teacher(path: str) -> tuple[ModelMixin, SchedulerMixin]:
     Raises:
         FileNotFoundError, ValueError: something is missing, truncated or unknown, with its place.
     """
-    name = _class_name(path, "unet", UNet2DModel)
+    name = _class_name(path, "unet", UNet2DModel, "pretrained_teacher_model")
     if name not in TEACHERS:
         raise ValueError(
             f"pretrained_teacher_model: {path}: unet/ is a {name}; one of {', '.join(TEACHERS)} is needed"
@@ -58,30 +60,50 @@ def load_teacher(path: str) -> tuple[ModelMixin, SchedulerMixin]:
         raise ValueError(
             f"pretrained_teacher_model: {path} is not class-conditional; a UNet2DModel with num_class_embeds is needed"
         )
-    name = _class_name(path, "scheduler", DDPMScheduler)
-    if name not in dir(diffusers):
-        raise ValueError(f"pretrained_teacher_model: {path}: diffusers has no scheduler {name!r}")
-    scheduler = load_model(getattr(diffusers, name), path, "pretrained_teacher_model", subfolder="scheduler")
+    scheduler = load_scheduler(path, "pretrained_teacher_model")
     return model.requires_grad_(False).eval(), scheduler
 
 
-def load_text_parts(path: str) -> TextParts:
+def load_scheduler(path: str | Path, argument: str) -> SchedulerMixin:
+    """Loads a scheduler of any class of diffusers from `scheduler/`; errors name `argument`."""
+    name = _class_name(path, "scheduler", DDPMScheduler, argument)
+    if name not in dir(diffusers):
+        raise ValueError(f"{argument}: {path}: diffusers has no scheduler {name!r}")
+    return load_model(getattr(diffusers, name), path, argument, subfolder="scheduler")
+
+
+def load_text_parts(
+    path: str | Path, argument: str = "pretrained_teacher_model", dtype: torch.dtype | None = None
+) -> TextParts:
     """Loads tokenizer, text encoder and VAE of a Stable Diffusion teacher.
+
+    Args:
+        path: a folder or Hub id.
+        argument: the name of the caller's argument that it came from, for error texts.
+        dtype: of the weights; None for float32.
 
     Raises:
         FileNotFoundError, ValueError: something is missing or damaged, with its place.
     """
     try:
+        text_encoder = CLIPTextModel.from_pretrained(
+            path, subfolder="text_encoder", use_safetensors=True, dtype=dtype or torch.float32
+        )
         tokenizer = CLIPTokenizer.from_pretrained(path, subfolder="tokenizer")
-        text_encoder = CLIPTextModel.from_pretrained(path, subfolder="text_encoder", use_safetensors=True)
+    except SafetensorError as error:
+        raise ValueError(f"{argument}: {path} has a damaged text_encoder/: {error}") from error
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
-            f"pretrained_teacher_model: {path} has no readable tokenizer/ and text_encoder/ (CLIP, safetensors): {error}"
+            f"{argument}: {path} has no readable text_encoder/ and tokenizer/ (CLIP): {error}"
         ) from error
-    vae = load_vae(path)
-    return TextParts(tokenizer, text_encoder.float().requires_grad_(False).eval(), vae)
+    # transformers makes up an empty vocabulary where it finds no files.
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise FileNotFoundError(f"{argument}: {path} has no tokenizer/ with a vocabulary")
+    return TextParts(tokenizer, text_encoder.requires_grad_(False).eval(), load_vae(path, argument, dtype))
 
 
-def load_vae(path: str) -> AutoencoderKL:
-    """Loads the VAE of a Stable Diffusion teacher, in float32 without gradient; errors as `load_text_parts`."""
-    return load_model(AutoencoderKL, path, "pretrained_teacher_model", subfolder="vae").requires_grad_(False).eval()
+def load_vae(
+    path: str | Path, argument: str = "pretrained_teacher_model", dtype: torch.dtype | None = None
+) -> AutoencoderKL:
+    """Loads the VAE of a Stable Diffusion teacher; arguments and errors as `load_text_parts`."""
+    return load_model(AutoencoderKL, path, argument, subfolder="vae", dtype=dtype).requires_grad_(False).eval()
