@@ -31,7 +31,7 @@ def teacher_steps(output_dir: Path, seed: int) -> list[tuple[str, Path, list[str
     teacher, pairs = output_dir / "teacher", output_dir / "pairs"
     images = ["--train_data_dir", data / "train", "--resolution", 32]
     return [
-        ("data set: pictures and names", data, script("prepare_emoji.py", "--output_dir", data)),
+        ("data set: pictures and names", data / "train", script("prepare_emoji.py", "--output_dir", data)),
         (
             "VAE, tokenizer, text encoder",
             base / "text_parts.json",
