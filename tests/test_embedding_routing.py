@@ -1,8 +1,11 @@
 # Copyright 2026 The diffusers_msd authors.
 # SPDX-License-Identifier: Apache-2.0
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from diffusers_msd.embedding_routing import EmbeddingRouter
 from diffusers_msd.routing import ConditionRouter
@@ -113,7 +116,7 @@ def test_saved_and_loaded_routes_the_same(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", FITS)
 def test_shards_and_memory_maps_of_half_precision_fit_as_one_array(kind, tmp_path, monkeypatch):
-    monkeypatch.setattr("diffusers_msd.embedding_routing.CHUNK", 256)
+    monkeypatch.setattr("diffusers_msd.embedding_rows.CHUNK", 256)
     x = cloud().half()
     np.save(tmp_path / "a.npy", x[:900].numpy())
     shards = [np.load(tmp_path / "a.npy", mmap_mode="r"), x[900:903], x[903:].numpy()]
@@ -122,8 +125,65 @@ def test_shards_and_memory_maps_of_half_precision_fit_as_one_array(kind, tmp_pat
         assert torch.equal(getattr(whole, name), getattr(sharded, name))
 
 
+@pytest.mark.parametrize("kind", FITS)
+def test_mapped_files_are_fitted_and_routed_in_little_memory(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr("diffusers_msd.embedding_rows.CHUNK", 256)
+    monkeypatch.setattr("diffusers_msd.embedding_rows.SAMPLE", 1000)
+    x = cloud(40_000, 64).half()
+    save_file({"embeddings": x[:15_000].contiguous()}, tmp_path / "a.safetensors")
+    np.save(tmp_path / "b.npy", x[15_000:].numpy())
+    shards = [load_file(tmp_path / "a.safetensors")["embeddings"], np.load(tmp_path / "b.npy", mmap_mode="r")]
+    FITS[kind](x[:500], 4)  # what is imported on the way is not counted
+    tracemalloc.start()
+    router = FITS[kind](shards, 4)
+    router(embeddings=shards[1])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    # As float64 it is 20 MB; a chunk is 0.1 MB, the sample 0.3 MB, and some numbers per point are kept.
+    assert peak < 4e6
+    assert sum(router.part_sizes) == 40_000 and router.imbalance < 1.15
+
+
+@pytest.mark.parametrize("kind", FITS)
+def test_the_recorded_sizes_are_those_of_a_call(kind, monkeypatch):
+    monkeypatch.setattr("diffusers_msd.embedding_rows.CHUNK", 256)
+    for x in (cloud().half(), cloud().bfloat16(), cloud().double()):
+        router = FITS[kind]([x[:700], x[700:]], 4)
+        assert torch.bincount(router(embeddings=x), minlength=4).tolist() == router.part_sizes
+
+
+@pytest.mark.parametrize("kind", FITS)
+def test_no_prompts_go_to_no_student(kind):
+    router = FITS[kind](cloud(), 4)
+    assert router(embeddings=torch.empty(0, 12)).shape == router.margins(torch.empty(0, 12)).shape == (0,)
+
+
+def test_double_precision_is_not_rounded():
+    router = EmbeddingRouter(2, "quadrants", torch.eye(3)[:1], torch.ones(1), [1, 1])
+    x = torch.tensor([[1 + 1e-12, 0, 0], [1 - 1e-12, 0, 0]], dtype=torch.float64)
+    assert router(embeddings=x).tolist() == [1, 0]
+    assert router.margins(x).tolist() == pytest.approx([1e-12, 1e-12], rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["kmeans", "quadrants"])
+def test_sorted_data_is_cut_as_well_as_shuffled_data(kind, monkeypatch):
+    monkeypatch.setattr("diffusers_msd.embedding_rows.CHUNK", 256)
+    x = cloud(4000)
+    x = x[x[:, 0].argsort()]
+    router = FITS[kind](x, 4)
+    assert router.imbalance < 1.01
+    if kind == "quadrants":
+        axes = torch.linalg.svd((x - x.mean(dim=0)).double(), full_matrices=False).Vh[:2]
+        assert ((axes * router.directions.double()).sum(dim=1).abs() > 0.999).all()
+    else:
+        # K-means is as good as its sum of squares; on uneven clusters, balanced, the best is not unique.
+        shuffled = FITS[kind](x[torch.randperm(4000, generator=torch.Generator().manual_seed(0))], 4)
+        squares = [(x - r.directions[r(embeddings=x)]).square().sum() for r in (router, shuffled)]
+        assert squares[0] < 1.1 * squares[1]
+
+
 def test_a_sample_is_enough_to_balance(monkeypatch):
-    monkeypatch.setattr("diffusers_msd.embedding_routing.SAMPLE", 1000)
+    monkeypatch.setattr("diffusers_msd.embedding_rows.SAMPLE", 1000)
     assert EmbeddingRouter.fit_kmeans(cloud(4000), 4).imbalance < 1.15
 
 
@@ -162,3 +222,59 @@ def test_wrong_arguments_are_named():
         EmbeddingRouter(1, "cubes", x, x, [20])
     with pytest.raises(ValueError, match="directions, offsets"):
         EmbeddingRouter(2, "kmeans", x, torch.zeros(2), [10, 10])
+
+
+def line():
+    """Twelve prompts at 0 ... 11 along one axis, and the two-part router that cuts between 5 and 6."""
+    router = EmbeddingRouter(2, "quadrants", torch.eye(3)[:1], torch.tensor([5.5]), [6, 6])
+    x = torch.zeros(12, 3)
+    x[:, 0] = torch.arange(12)
+    return router, [f"prompt number {i}" for i in range(12)], x
+
+
+def test_a_report_quotes_the_typical_and_the_most_ambiguous_prompts_of_each_part():
+    router, prompts, x = line()
+    lines = router.report(prompts, x, examples=2).splitlines()
+    assert lines[0] == "12 prompts, 2 students (quadrants), imbalance 1.000"
+    assert lines[1].startswith("margins to the nearest cut: ") and "50% 3," in lines[1]
+    assert lines[1].endswith("ambiguous (below 0.1 of the median): 0.0%")
+    assert lines[2:] == [
+        "",
+        "student 0: 6 prompts (50.0%)",
+        "  typical   5.5  prompt number 0",
+        "  typical   4.5  prompt number 1",
+        "  ambiguous 0.5  prompt number 5",
+        "",
+        "student 1: 6 prompts (50.0%)",
+        "  typical   5.5  prompt number 11",
+        "  typical   4.5  prompt number 10",
+        "  ambiguous 0.5  prompt number 6",
+    ]
+
+
+def test_a_report_is_of_the_prompts_given_and_not_of_those_fitted_on():
+    router, prompts, x = line()
+    report = router.report(prompts[:5] + ["near", "far"], torch.cat([x[:5], x[:1] + 5.5 - 2**-10, x[:1] + 1000]))
+    assert "7 prompts, 2 students (quadrants), imbalance 1.714" in report
+    assert "student 1: 1 prompts (14.3%)" in report and "far" in report.split("student 1")[1]
+    assert "ambiguous 0.0009766  near" in report and "the median): 14.3%" in report
+
+
+def test_a_report_quotes_a_repeated_prompt_once_and_shortens_a_long_one():
+    router, prompts, x = line()
+    report = router.report(["first\nline " * 100] * 6 + prompts[6:], x, examples=3)
+    first = report.split("student 1")[0].split("student 0")[1]
+    assert first.count("typical") == 1 and max(map(len, first.splitlines())) < 120
+    assert first.count("ambiguous 5.5  first line first line") == 1
+    one = EmbeddingRouter.fit_random(x, 1).report(prompts, x)
+    assert "ambiguous" not in one and "margins" not in one and one.count("typical") == 5
+
+
+def test_a_report_of_the_wrong_size_is_refused():
+    router, prompts, x = line()
+    with pytest.raises(ValueError, match="prompts: got 11 for 12 embeddings"):
+        router.report(prompts[:11], x)
+    with pytest.raises(ValueError, match="examples: got 0"):
+        router.report(prompts, x, examples=0)
+    with pytest.raises(ValueError, match=r"embeddings: got torch.float32 \[12, 2\]"):
+        router.report(prompts, x[:, :2])

@@ -73,6 +73,7 @@ ARROWS: dict[str, set[str]] = {
     "stage_config": {"objectives"},
     "stages": {"denoiser", "discriminator", "draws", "objectives", "stage_config"},
     "training": {"batches", "checkpoint", "draws", "files", "stages", "training_config"},
+    "memory": {"denoiser", "draws", "stages", "training_config"},
     # serving
     "prompts": set(),
     "hub": {"embedding_routing", "files", "routing"},
@@ -89,6 +90,7 @@ TRAINING = {
     "data",
     "discriminator",
     "draws",
+    "memory",
     "objectives",
     "pairs",
     "retrieval",

@@ -6,18 +6,19 @@ MSD (arXiv 2410.23274) cuts the prompts' space into four quadrants, because plai
 both are balanced: medians along principal axes, and k-means whose cells are moved until they are equally full.
 """
 
+import textwrap
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from .embedding_rows import CHUNK, as_shards, check_matrix, chunks, sample, spread
 from .routing import ConditionRouter
 
 
-# Rows that are in memory at once while fitting.
-CHUNK = 16_384
-SAMPLE = 65_536
+# A prompt is called ambiguous if its margin is below this fraction of the median margin.
+AMBIGUOUS = 0.1
 
 
 class EmbeddingRouter(ConditionRouter):
@@ -74,8 +75,9 @@ class EmbeddingRouter(ConditionRouter):
         from the points to the K centres with equal masses, alternating with the centres, on at most 65,536 points.
 
         Args:
-            embeddings (`torch.Tensor`, `np.ndarray` or a sequence of them): [N, D] of any float dtype, or shards of
-                that. Memory maps are read a chunk at a time, memory does not grow with N.
+            embeddings (`torch.Tensor`, `np.ndarray` or a list of them): [N, D] of any float dtype, or shards of that.
+                Memory maps (of NumPy, or as safetensors gives them) are read a chunk at a time: of N points only a
+                few numbers each are kept.
             k (`int`): The number of parts, in [1, N].
             balanced (`bool`): Equal parts; otherwise as k-means finds them.
             seed (`int`): Of the initial centres and of the sample.
@@ -87,17 +89,20 @@ class EmbeddingRouter(ConditionRouter):
         """
         from sklearn.cluster import MiniBatchKMeans
 
-        shards = _as_shards(embeddings, k)
-        num_points = sum(map(len, shards))
+        shards = as_shards(embeddings, k)
+        points, num_points = sample(shards, seed), sum(map(len, shards))
         kmeans = MiniBatchKMeans(k, random_state=seed, batch_size=CHUNK)
+        # The first call chooses the initial centres: not from the first shard alone.
+        for piece in spread(points):
+            kmeans.partial_fit(piece)
         # Few points are passed over more often: a hundred updates settle the centres.
         for _ in range(max(1, 100 * CHUNK // max(CHUNK, num_points))):
-            for chunk in _chunks(shards, k):
-                kmeans.partial_fit(chunk)
+            for chunk in chunks(shards):
+                # scikit-learn refuses a last chunk of fewer points than centres.
+                if len(chunk) >= k:
+                    kmeans.partial_fit(chunk.astype(np.float32))
         centers, offsets = kmeans.cluster_centers_, np.zeros(k)
         if balanced:
-            rows = np.sort(np.random.default_rng(seed).permutation(num_points)[:SAMPLE])
-            points = _rows(shards, rows).astype(np.float32)
             for _ in range(10):
                 scores = _scores(points, centers)
                 offsets = _balancing_offsets(scores)
@@ -105,35 +110,31 @@ class EmbeddingRouter(ConditionRouter):
                 # A centre that no point is nearest to stays where it is.
                 for j in np.unique(part):
                     centers[j] = points[part == j].mean(axis=0, dtype=np.float64)
-            # The saved tensors are float32: the cuts belong to those.
-            centers = centers.astype(np.float32)
             offsets = _balancing_offsets(_scores(points, centers))
         return cls._fitted(shards, k, "kmeans", centers, offsets, recorded)
 
     @classmethod
-    def fit_quadrants(cls, embeddings, k, **recorded):
+    def fit_quadrants(cls, embeddings, k, seed=0, **recorded):
         """Median cuts along the log2(k) leading principal axes, each half cut at its own median: equal parts.
+
+        The axes are those of at most 65,536 points, the medians those of all.
 
         Args:
             embeddings, recorded: As `fit_kmeans`.
             k (`int`): The number of parts, a power of two in [1, N].
+            seed (`int`): Of the sample.
 
         Raises:
             TypeError, ValueError: As `fit_kmeans`, or `k` is no power of two.
         """
-        from sklearn.decomposition import IncrementalPCA
-
-        shards = _as_shards(embeddings, k)
+        shards = as_shards(embeddings, k)
         if k & (k - 1):
             raise ValueError(f"k: got {k}; quadrants are cut in halves, so a power of two is needed (2, 4, 8, ...).")
         levels = max(1, _levels(k))
         if levels > shards[0].shape[1]:
             raise ValueError(f"k: got {k}; embeddings of {shards[0].shape[1]} dimensions have fewer axes than cuts.")
-        pca = IncrementalPCA(levels)
-        for chunk in _chunks(shards, levels):
-            pca.partial_fit(chunk)
-        axes = pca.components_.astype(np.float32)
-        projections = np.concatenate([chunk @ axes.T.astype(np.float64) for chunk in _chunks(shards)])
+        axes = _principal_axes(sample(shards, seed), levels)
+        projections = np.concatenate([chunk @ axes.T.astype(np.float64) for chunk in chunks(shards)])
         cuts, node = [], np.zeros(len(projections), dtype=np.int64)
         for level in range(_levels(k)):
             level_cuts = np.array([np.median(projections[node == j, level]) for j in range(2**level)])
@@ -150,18 +151,17 @@ class EmbeddingRouter(ConditionRouter):
             k (`int`): The number of parts, in [1, N].
             seed (`int`): Of the direction.
         """
-        shards = _as_shards(embeddings, k)
+        shards = as_shards(embeddings, k)
         direction = np.random.default_rng(seed).standard_normal((1, shards[0].shape[1]))
-        spread = np.std(np.concatenate([(chunk @ direction[0]) for chunk in _chunks(shards)]))
+        deviation = np.std(np.concatenate([(chunk @ direction[0]) for chunk in chunks(shards)]))
         # A hundred turns per standard deviation: neighbours part, rounding errors of an encoder do not matter.
-        direction *= 100 / max(spread, 1e-12)
+        direction *= 100 / max(deviation, 1e-12)
         return cls._fitted(shards, k, "random", direction, np.zeros(1), recorded)
 
     @classmethod
     def _fitted(cls, shards, k, kind, directions, offsets, recorded):
         directions, offsets = (torch.from_numpy(np.array(a, dtype=np.float32)) for a in (directions, offsets))
-        route = _KINDS[kind].route
-        part = np.concatenate([route(chunk, k, directions, offsets)[0] for chunk in _chunks(shards)])
+        part, _ = _route(shards, k, kind, directions, offsets)
         sizes = np.bincount(part, minlength=k).tolist()
         if 0 in sizes:
             raise ValueError(
@@ -191,11 +191,48 @@ class EmbeddingRouter(ConditionRouter):
         return self._route(embeddings)[1]
 
     def _route(self, embeddings):
-        _check_matrix(embeddings, self.directions.shape[1])
-        part, margin = _KINDS[self.config.kind].route(
-            _to_numpy(embeddings), self.num_students, self.directions, self.offsets
-        )
+        check_matrix(embeddings, self.directions.shape[1])
+        part, margin = _route([embeddings], self.num_students, self.config.kind, self.directions, self.offsets)
         return torch.from_numpy(part), torch.from_numpy(margin)
+
+    def report(self, prompts, embeddings, examples=5):
+        """Says in words what the parts are, so that a partition can be judged by reading it.
+
+        Args:
+            prompts (`list[str]`): N prompts, those it was fitted on or others.
+            embeddings (`torch.Tensor` or `np.ndarray` of shape `[N, D]`): Of these prompts, as for a call.
+            examples (`int`): How many typical prompts of each part are quoted: the ones with the largest margins.
+
+        Returns:
+            `str`: The balance; quantiles of the margins and the share of ambiguous prompts (margin below a tenth of
+            the median); for each part its size, typical prompts and the most ambiguous one, with their margins.
+
+        Raises:
+            TypeError, ValueError: `embeddings` as for a call; there is not one prompt for each, or `examples` < 1.
+        """
+        part, margin = (column.numpy() for column in self._route(embeddings))
+        if len(prompts) != len(part) or not len(part):
+            raise ValueError(f"prompts: got {len(prompts)} for {len(part)} embeddings; one for each is needed.")
+        if examples < 1:
+            raise ValueError(f"examples: got {examples}; at least 1 is needed.")
+        sizes = np.bincount(part, minlength=self.num_students)
+        lines = [
+            f"{len(part):,} prompts, {self.num_students} students ({self.config.kind}), "
+            f"imbalance {sizes.max() * self.num_students / len(part):.3f}"
+        ]
+        if self.num_students > 1:
+            lines.append(_describe_margins(margin))
+        for k, size in enumerate(sizes):
+            lines += ["", f"student {k}: {size:,} prompts ({size / len(part):.1%})"]
+            rows = np.flatnonzero(part == k)
+            rows = rows[np.argsort(-margin[rows], kind="stable")]
+            # Data sets repeat prompts: each is quoted once.
+            distinct = list({prompts[row]: row for row in rows[::-1]}.values())[::-1]
+            quoted = [("typical", row) for row in distinct[:examples]]
+            if self.num_students > 1:
+                quoted += [("ambiguous", row) for row in distinct[-1:]]
+            lines += [f"  {kind:<9} {margin[row]:.4g}  {_shorten(prompts[row])}" for kind, row in quoted]
+        return "\n".join(lines)
 
     @property
     def part_sizes(self):
@@ -251,6 +288,21 @@ _KINDS = {
 }
 
 
+def _route(shards, k, kind, directions, offsets):
+    # Fitting and answering take the same way through the same chunks, so the recorded part sizes are those of a call.
+    routed = [_KINDS[kind].route(chunk, k, directions, offsets) for chunk in chunks(shards)]
+    return tuple(np.concatenate(column) for column in zip(*routed))
+
+
+def _principal_axes(points, count):
+    # Of the covariance: exact, and ten times as fast as the decompositions of the points in IncrementalPCA.
+    points -= points.mean(axis=0, dtype=np.float64)
+    _, axes = np.linalg.eigh((points.T @ points).astype(np.float64))
+    axes = axes.T[: -count - 1 : -1]
+    # Either sign is right; this one does not depend on the linear algebra library.
+    return (axes * np.sign(axes[np.arange(count), np.abs(axes).argmax(axis=1), None])).astype(np.float32)
+
+
 def _levels(k):
     # log2 of a power of two: how often halves are cut.
     return k.bit_length() - 1
@@ -279,46 +331,12 @@ def _balancing_offsets(scores, sweeps=100):
     return offsets - offsets.mean()
 
 
-def _as_shards(embeddings, k):
-    """Checks what can be checked without reading: one or more arrays or tensors [n, D], N >= k rows in all."""
-    shards = list(embeddings) if isinstance(embeddings, (list, tuple)) else [embeddings]
-    for shard in shards:
-        _check_matrix(shard, shards[0].shape[-1])
-    num_points = sum(map(len, shards))
-    if type(k) is not int:
-        raise TypeError(f"k: got {k!r}; an int is allowed.")
-    if not 1 <= k <= num_points:
-        raise ValueError(f"k: got {k}; with {num_points} embeddings 1 ... {num_points} are allowed.")
-    return shards
+def _describe_margins(margin):
+    levels = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95)
+    quantiles = ", ".join(f"{level:.0%} {value:.4g}" for level, value in zip(levels, np.quantile(margin, levels)))
+    share = np.mean(margin < AMBIGUOUS * np.median(margin))
+    return f"margins to the nearest cut: {quantiles}; ambiguous (below {AMBIGUOUS} of the median): {share:.1%}"
 
 
-def _check_matrix(rows, width):
-    if not isinstance(rows, (torch.Tensor, np.ndarray)):
-        raise TypeError(f"embeddings: got a {type(rows).__name__}; an array or tensor of floats is needed.")
-    floating = rows.is_floating_point() if isinstance(rows, torch.Tensor) else rows.dtype.kind == "f"
-    if not floating or rows.ndim != 2 or rows.shape[1] != width:
-        raise ValueError(f"embeddings: got {rows.dtype} {list(rows.shape)}; floats of shape [N, {width}] are needed.")
-
-
-def _to_numpy(rows):
-    # bfloat16 is unknown to NumPy.
-    rows = rows.detach().float().cpu().numpy() if isinstance(rows, torch.Tensor) else rows
-    rows = np.asarray(rows, dtype=np.float64)
-    if not np.isfinite(rows).all():
-        raise ValueError("embeddings: a value is not finite; finite floats are needed.")
-    return rows
-
-
-def _chunks(shards, at_least=1):
-    # All shards as if they were one: float64 [n, D], n of CHUNK; a last piece of less than `at_least` rows is left out.
-    num_points = sum(map(len, shards))
-    for start in range(0, num_points, CHUNK):
-        if start == 0 or num_points - start >= at_least:
-            yield _rows(shards, np.arange(start, min(start + CHUNK, num_points)))
-
-
-def _rows(shards, rows):
-    # The given rows, ascending, of all shards as if they were one: float64 [n, D].
-    starts = np.cumsum([0, *map(len, shards)])
-    pieces = [rows[(rows >= a) & (rows < b)] - a for a, b in zip(starts, starts[1:])]
-    return np.concatenate([_to_numpy(shard[piece]) for shard, piece in zip(shards, pieces) if len(piece)])
+def _shorten(prompt):
+    return textwrap.shorten(prompt, 100, placeholder=" ...")
