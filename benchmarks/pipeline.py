@@ -3,8 +3,9 @@
 """Time of a mixed batch over K students against one student of the same size on the whole batch.
 
     OMP_NUM_THREADS=1 python benchmarks/pipeline.py --size digits --batch_sizes 64 256 --output runs/pipeline.json
+    OMP_NUM_THREADS=1 python benchmarks/pipeline.py --size text_small --batch_sizes 64 --output runs/pipeline.json
 
-All cases take turns in one process, so that whatever else the machine does slows them alike: the ratios are the
+The sizes `text_...` are prompts through Stable Diffusion networks, against diffusers' own pipeline at one step. All cases take turns in one process, so that whatever else the machine does slows them alike: the ratios are the
 result, the milliseconds belong to the machine. Besides the pipelines it times the bare networks (is the cost in the
 network calls or around them?), a batch of one (what does a call cost however small it is?) and the routing.
 """
@@ -15,17 +16,27 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 
 import torch
-from diffusers import EDMEulerScheduler, UNet2DModel
+from diffusers import (
+    AutoencoderKL,
+    EDMEulerScheduler,
+    LCMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
 from diffusers.utils import logging
 from tqdm.auto import tqdm
+from transformers import CLIPTextConfig, CLIPTextModel
 
-from diffusers_msd import ClassRouter, MultiStudentPipeline
+from diffusers_msd import ClassRouter, EmbeddingRouter, MultiStudentPipeline
 from diffusers_msd.config import parse_config, run_script
 from diffusers_msd.data import DataConfig
 from diffusers_msd.denoiser import denoiser_for, sample_shape
 from diffusers_msd.files import check_writable, write_json
+from diffusers_msd.prompts import pool_embeddings
 from diffusers_msd.schedule import NoiseSchedule
 from diffusers_msd.students import create_student
 from diffusers_msd.teachers import load_teacher
@@ -33,7 +44,8 @@ from diffusers_msd.training_config import TrainingConfig
 
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "training_scripts"
-sys.path.insert(0, str(SCRIPTS))
+sys.path[:0] = [str(SCRIPTS), str(SCRIPTS.parent / "tests")]
+from helpers import random_prompts, tiny_text_encoder, tiny_text_unet, tiny_tokenizer, tiny_vae  # noqa: E402
 from train_teacher import TeacherConfig, build_unet  # noqa: E402
 
 
@@ -53,6 +65,58 @@ NETS: dict[str, Callable[[], UNet2DModel]] = {
     "fashion": fashion_net,
     "imagenet64": lambda: build_unet(IMAGENET64, (3, 64, 64), num_classes=1000),
 }
+
+
+def text_encoder(width: int, layers: int, heads: int, length: int) -> CLIPTextModel:
+    """A CLIP text model of random weights for the character tokenizer of the tests."""
+    tokens = {"vocab_size": 190, "bos_token_id": 188, "eos_token_id": 189, "pad_token_id": 189}
+    size = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
+    config = CLIPTextConfig(**tokens, **size, num_attention_heads=heads, max_position_embeddings=length)
+    return CLIPTextModel(config).eval()
+
+
+def vae(channels: tuple[int, ...], layers: int = 1) -> AutoencoderKL:
+    """A VAE of 4 latent channels that halves the side once per level after the first."""
+    down, up = ("DownEncoderBlock2D",) * len(channels), ("UpDecoderBlock2D",) * len(channels)
+    return AutoencoderKL(
+        down_block_types=down,
+        up_block_types=up,
+        block_out_channels=channels,
+        layers_per_block=layers,
+        norm_num_groups=16,
+        latent_channels=4,
+    ).eval()
+
+
+def tiny_text_parts() -> tuple:
+    return tiny_text_unet(), tiny_vae(), tiny_text_encoder()
+
+
+def small_text_parts() -> tuple:
+    unet = tiny_text_unet(
+        cross_attention_dim=128, block_out_channels=(48, 96), attention_head_dim=4, norm_num_groups=16
+    )
+    return unet, vae((32, 64, 64)), text_encoder(128, layers=3, heads=4, length=24)
+
+
+def quarter_text_parts() -> tuple:
+    # Stable Diffusion 1.5 at a quarter of the channels: layers, levels and heads are its own.
+    unet = UNet2DConditionModel(
+        sample_size=32,
+        block_out_channels=(80, 160, 320, 320),
+        cross_attention_dim=192,
+        attention_head_dim=8,
+        norm_num_groups=16,
+    ).eval()
+    return unet, vae((32, 64, 128, 128), layers=2), text_encoder(192, layers=12, heads=12, length=77)
+
+
+# UNet, VAE and text encoder, all of random weights.
+TEXT_PARTS: dict[str, Callable[[], tuple]] = {
+    "text_tiny": tiny_text_parts,
+    "text_small": small_text_parts,
+    "text_quarter": quarter_text_parts,
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -60,7 +124,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class BenchmarkConfig:
     """What is timed."""
 
-    size: str = field(default="digits", metadata={"help": "Network.", "choices": list(NETS)})
+    size: str = field(default="digits", metadata={"help": "Network.", "choices": [*NETS, *TEXT_PARTS]})
     batch_sizes: list[int] = field(default_factory=lambda: [64, 256], metadata={"help": "Images per call."})
     num_students: int = field(default=4, metadata={"help": "K; every student gets as many images of a batch."})
     repeats: int = field(default=30, metadata={"help": "How often each case is timed."})
@@ -85,7 +149,9 @@ def set_up_device(device: str, threads: int | None) -> Callable[[], None]:
 
 
 @torch.no_grad()
-def take_turns(cases: dict[str, Callable], repeats: int, wait: Callable[[], None]) -> dict[str, list[float]]:
+def take_turns(
+    cases: dict[str, Callable], repeats: int, wait: Callable[[], None], clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Seconds of each case, `repeats` times; round i times every case once, starting from another one each time."""
     for case in cases.values():
         case()
@@ -94,10 +160,10 @@ def take_turns(cases: dict[str, Callable], repeats: int, wait: Callable[[], None
     for i in tqdm(range(repeats), desc="rounds"):
         for name in names[i % len(names) :] + names[: i % len(names)]:
             wait()
-            began = time.perf_counter()
+            began = clock()
             cases[name]()
             wait()
-            seconds[name].append(time.perf_counter() - began)
+            seconds[name].append(clock() - began)
     return seconds
 
 
@@ -152,6 +218,149 @@ def measure(one: MultiStudentPipeline, many: MultiStudentPipeline, size: int, co
     }
 
 
+def stock_pipeline(size: str, device: str, dtype: torch.dtype) -> StableDiffusionPipeline:
+    """diffusers' pipeline of the parts of `size`, set up to take the one step that a student takes."""
+    unet, decoder, encoder = TEXT_PARTS[size]()
+    with TemporaryDirectory() as folder:
+        tokenizer = tiny_tokenizer(Path(folder), encoder.config.max_position_embeddings)
+    pipe = StableDiffusionPipeline(
+        decoder, encoder, tokenizer, unet, LCMScheduler(), None, None, requires_safety_checker=False
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device, dtype)
+
+
+def text_pipeline(stock: StableDiffusionPipeline, prompts: list[str], num_students: int) -> MultiStudentPipeline:
+    """Students like the UNet of `stock`, each with memory of its own, and a router that cuts `prompts` evenly."""
+    students = {f"unet_{k}": create_student(stock.unet).to(stock.unet.dtype).eval() for k in range(num_students)}
+    parts = {"vae": stock.vae, "text_encoder": stock.text_encoder, "tokenizer": stock.tokenizer}
+    whole = MultiStudentPipeline(stock.scheduler, None, **parts, **students).to(stock.device)
+    pooled = pool_embeddings(*whole.encode_prompt(prompts), "eos")
+    pipe = MultiStudentPipeline(
+        stock.scheduler, EmbeddingRouter.fit_quadrants(pooled, num_students, pooling="eos"), **parts, **students
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def measure_text(stock: StableDiffusionPipeline, size: int, config: BenchmarkConfig, wait) -> dict:
+    """Seconds of stock and of K students on one prompt and on `size` prompts, an equal number per student."""
+    prompts = random_prompts(size)
+    many = text_pipeline(stock, prompts, config.num_students)
+    embeds, mask = many.encode_prompt(prompts)
+    chosen = many.route(prompts)
+    rows = [[i for i, k in enumerate(chosen) if k == student] for student in many.students]
+    z = torch.randn(size, *sample_shape(stock.unet), device=config.device)
+    denoisers = [denoiser_for(unet, NoiseSchedule.from_scheduler(many.scheduler)) for unet in many.students.values()]
+    one_step = {"num_inference_steps": 1, "guidance_scale": 1.0}
+    latent = {"output_type": "latent"}
+    cases = {
+        "stock": lambda: stock(prompts, latents=z, **one_step, **latent),
+        "many": lambda: many(prompts, latents=z, **latent),
+        "net": lambda: denoisers[0].generate(z, embeds),
+        "nets": lambda: [denoiser.generate(z[r], embeds[r]) for denoiser, r in zip(denoisers, rows)],
+        "encode": lambda: many.encode_prompt(prompts),
+        "route": lambda: many.route(prompt_embeds=embeds, prompt_mask=mask),
+        "stock_1": lambda: stock(prompts[0], latents=z[:1], **one_step, **latent),
+        "many_1": lambda: many(prompts[0], latents=z[:1], **latent),
+        "stock_1_image": lambda: stock(prompts[0], latents=z[:1], **one_step, output_type="pt"),
+        "many_1_image": lambda: many(prompts[0], latents=z[:1], output_type="pt"),
+        "route_1": lambda: many.route(prompt_embeds=embeds[:1], prompt_mask=mask[:1]),
+    }
+    # Processor time leaves out what other jobs take of a CPU; that of several threads would be their sum.
+    alone = config.device == "cpu" and torch.get_num_threads() == 1
+    seconds = take_turns(cases, config.repeats, wait, time.process_time if alone else time.perf_counter)
+    pairs = {
+        "one prompt": ("many_1", "stock_1"),
+        "one image": ("many_1_image", "stock_1_image"),
+        "batch": ("many", "stock"),
+        "nets of a batch": ("nets", "net"),
+        "routing in a call of one": ("route_1", "many_1"),
+        "routing in a call": ("route", "many"),
+    }
+    return {
+        "batch_size": size,
+        "clock": "processor time" if alone else "wall time",
+        "median_ms": {name: 1000 * median(times) for name, times in seconds.items()},
+        "min_ms": {name: 1000 * min(times) for name, times in seconds.items()},
+        "ratios": {name: median(a / b for a, b in zip(seconds[x], seconds[y])) for name, (x, y) in pairs.items()},
+        "ratios_of_minima": {name: min(seconds[x]) / min(seconds[y]) for name, (x, y) in pairs.items()},
+        "images_per_second": {name: size / median(seconds[name]) for name in ("stock", "many")},
+        "offload": offloaded_parts(many, prompts, config.device),
+    }
+
+
+def mebibytes(model: torch.nn.Module) -> float:
+    return sum(p.nbytes for p in model.parameters()) / 2**20
+
+
+def offloaded_parts(pipe: MultiStudentPipeline, prompts: list[str], device: str) -> dict:
+    """Which parts `enable_model_cpu_offload` has on the device while each part runs, in a call with `prompts`.
+
+    Counted from accelerate's hooks, one that sends a part there and one that takes it back; so it also works where
+    the device is the CPU itself and nothing really moves. Weights alone: activations come on top.
+
+    Returns:
+        {"MiB": weights of each part, "while": [(running part, parts on the device)] in order}.
+    """
+    names = {model: name for name, model in pipe.components.items() if isinstance(model, torch.nn.Module)}
+    present: list[str] = []
+    seen: list[tuple[str, list[str]]] = []
+
+    def watch(hook):
+        send, take_back = hook.pre_forward, hook.init_hook
+
+        def sent(module, *args, **kwargs):
+            present.append(names[module])
+            seen.append((names[module], list(present)))
+            return send(module, *args, **kwargs)
+
+        def taken_back(module):
+            if names[module] in present:
+                present.remove(names[module])
+            return take_back(module)
+
+        hook.pre_forward, hook.init_hook = sent, taken_back
+
+    pipe.enable_model_cpu_offload(device=device)
+    for model in names:
+        watch(model._hf_hook)
+    pipe(prompts, output_type="np")
+    pipe.remove_all_hooks()
+    pipe.to(device)
+    return {"MiB": {name: mebibytes(model) for model, name in names.items()}, "while": seen}
+
+
+def text_report(figures: list[dict], num_students: int) -> str:
+    """The figures of prompts as Markdown."""
+    k, blocks = num_students, []
+    for f in figures:
+        n = f["batch_size"]
+        what = {
+            "stock": f"stock, {n} prompts",
+            "many": f"K={k}, {n} prompts",
+            "net": "one bare net on them",
+            "nets": f"{k} bare nets, their parts",
+            "encode": "encoding them",
+            "route": "routing them",
+            "stock_1": "stock, one prompt",
+            "many_1": f"K={k}, one prompt",
+            "stock_1_image": "stock, one prompt, decoded",
+            "many_1_image": f"K={k}, one prompt, decoded",
+            "route_1": "routing it",
+        }
+        rows = [[text, f"{f['median_ms'][name]:.2f}", f"{f['min_ms'][name]:.2f}"] for name, text in what.items()]
+        blocks.append(table(["case", "median ms", "minimum ms"], rows))
+        rows = [[name, f"{r:.4f}", f"{f['ratios_of_minima'][name]:.4f}"] for name, r in f["ratios"].items()]
+        blocks.append(table(["ratio", "median of the rounds", "of the minima"], rows))
+        blocks.append(f"Images per second: {f['images_per_second']}, all in {f['clock']}")
+        size = f["offload"]["MiB"]
+        rows = [[name, ", ".join(on), f"{sum(size[o] for o in on):.2f}"] for name, on in f["offload"]["while"]]
+        rows.append(["all parts", "", f"{sum(size.values()):.2f}"])
+        blocks.append(table(["while it runs", "on the device", "MiB of weights"], rows))
+    return "\n\n".join(blocks)
+
+
 def table(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
@@ -190,12 +399,17 @@ def main():
     # Of the advice that every cast prints.
     logging.set_verbosity_error()
     torch.manual_seed(0)
-    net = NETS[config.size]().to(config.device, DTYPES[config.dtype])
-    one, many = build_pipeline(net, 1), build_pipeline(net, config.num_students)
-    figures = [measure(one, many, size, config, wait) for size in config.batch_sizes]
+    if config.size in TEXT_PARTS:
+        stock = stock_pipeline(config.size, config.device, DTYPES[config.dtype])
+        net, text = stock.unet, text_report
+        figures = [measure_text(stock, size, config, wait) for size in config.batch_sizes]
+    else:
+        net, text = NETS[config.size]().to(config.device, DTYPES[config.dtype]), report
+        one, many = build_pipeline(net, 1), build_pipeline(net, config.num_students)
+        figures = [measure(one, many, size, config, wait) for size in config.batch_sizes]
     print(f"\n{config.size}: {net.num_parameters():,} parameters, {config.dtype}, {config.device}, "
           f"{torch.get_num_threads()} threads, torch {torch.__version__}, {config.repeats} rounds\n")  # fmt: skip
-    print(report(figures, config.num_students))
+    print(text(figures, config.num_students))
     if config.output is not None:
         write_json(config.output, {"config": asdict(config), "parameters": net.num_parameters(), "figures": figures})
 

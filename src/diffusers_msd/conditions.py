@@ -14,6 +14,7 @@ One class per family, with the same members, so that scripts and stages ask for 
     decoder()     samples to images in [-1, 1]
     components()  what a pipeline needs beside scheduler, router and students
     report()      describes a partition
+    example()     a condition of the right shape, from a teacher's config alone
 """
 
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import torch
 from diffusers import ModelMixin, UNet2DConditionModel, UNet2DModel
+from transformers import CLIPTextConfig
 
 from .captions import CaptionCache, vae_fingerprint
 from .data import DataConfig, ImageDataset, load_images
@@ -80,6 +82,10 @@ class ClassConditions:
         "kmeans": lambda self, k, seed: ClassRouter.from_embeddings(self.teacher.class_embedding.weight, k),
     }
 
+    @staticmethod
+    def example(teacher: UNet2DModel, path: str) -> torch.Tensor:
+        return torch.zeros(1, dtype=torch.long)
+
     def __init__(self, teacher: UNet2DModel, path: str, config: ConditionConfig):
         if config.captions_dir is not None or config.validation_prompts:
             raise ValueError(
@@ -125,10 +131,15 @@ class TextConditions:
 
     default_partition = "quadrants"
     partitions = {
-        "quadrants": lambda self, k, seed: EmbeddingRouter.fit_quadrants(self.pooled, k, **self.recorded),
+        "quadrants": lambda self, k, seed: EmbeddingRouter.fit_quadrants(self.pooled, k, seed, **self.recorded),
         "kmeans": lambda self, k, seed: EmbeddingRouter.fit_kmeans(self.pooled, k, seed=seed, **self.recorded),
         "random": lambda self, k, seed: EmbeddingRouter.fit_random(self.pooled, k, seed, **self.recorded),
     }
+
+    @staticmethod
+    def example(teacher: UNet2DConditionModel, path: str) -> torch.Tensor:
+        length = CLIPTextConfig.from_pretrained(path, subfolder="text_encoder").max_position_embeddings
+        return torch.zeros(1, length, teacher.config.cross_attention_dim, dtype=torch.float16)
 
     def __init__(self, teacher: UNet2DConditionModel, path: str, config: ConditionConfig):
         if config.captions_dir is None:

@@ -246,13 +246,12 @@ class SafePipeline(DiffusionPipeline):
     """A diffusers pipeline whose saves are whole, whose loads never unpickle and whose card is its own."""
 
     def to_json_string(self) -> str:
-        """The index, less what is empty and the place where this copy was loaded from."""
+        """The index, less the place where this copy was loaded from and what is empty and no component."""
         index = json.loads(super().to_json_string())
         index.pop("_name_or_path", None)
-        return (
-            json.dumps({k: v for k, v in index.items() if v not in (None, [None, None])}, indent=2, sort_keys=True)
-            + "\n"
-        )
+        named = self.components
+        kept = {k: v for k, v in index.items() if v is not None and (v != [None, None] or k in named)}
+        return json.dumps(kept, indent=2, sort_keys=True) + "\n"
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs):

@@ -10,6 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from .denoiser import sample_shape
 from .draws import Draws
@@ -109,7 +110,8 @@ def estimate_memory(turns: list[Turn], config: TrainingConfig, cond: torch.Tenso
     Returns:
         {"batch_size", "parameters": {network: count}, "weights": {network: bytes}, "optimizer": {turn: bytes},
         "ema": bytes, "resident": their sum, "turns": {turn: {"gradients", "activations" (alive between forward and
-        backward), "pass", "update"}}, "peak": bytes, "trained": {turn: its networks}}.
+        backward), "pass", "update", "flops" of an update}}, "flops": of an iteration on average (multiplications and
+        additions of matrix products, convolutions and attention), "peak": bytes, "trained": {turn: its networks}}.
 
     Raises:
         ValueError: a network of `turns` has data.
@@ -144,6 +146,7 @@ def estimate_memory(turns: list[Turn], config: TrainingConfig, cond: torch.Tenso
     result["turns"] = {turn.name: _run(turn, config, cond, known) for turn in turns}
     # The average moves by a difference as large as itself.
     result["turns"][turns[0].name]["update"] += result["ema"]
+    result["flops"] = sum(result["turns"][turn.name]["flops"] / turn.interval for turn in turns)
     result["peak"] = result["resident"] + max(max(t["pass"], t["update"]) for t in result["turns"].values())
     return result
 
@@ -153,9 +156,10 @@ def _run(turn: Turn, config: TrainingConfig, cond: torch.Tensor, known: list[tor
     size = config.train_batch_size
     turn.claim()
     shape = sample_shape(next(iter(turn.models().values())))
-    with LiveBytes(known) as live:
+    passes = min(2, config.gradient_accumulation_steps)
+    with LiveBytes(known) as live, FlopCounterMode(display=False) as counter:
         # With accumulation the gradients of one pass are there during the next.
-        for _ in range(min(2, config.gradient_accumulation_steps)):
+        for _ in range(passes):
             data = {"images": torch.zeros(size, *shape), "noise": torch.zeros(size, *shape)}
             data["cond"] = cond[:1].expand(size, *cond.shape[1:]).clone()
             losses = turn(dict.fromkeys(turn.needs, data), Draws((0,), size, slice(None)))
@@ -164,7 +168,13 @@ def _run(turn: Turn, config: TrainingConfig, cond: torch.Tensor, known: list[tor
             del losses, data
     gradients = _bytes(turn)
     turn.zero_grad(set_to_none=True)
-    return {"gradients": gradients, "activations": activations, "pass": live.peak, "update": gradients}
+    return {
+        "gradients": gradients,
+        "activations": activations,
+        "pass": live.peak,
+        "update": gradients,
+        "flops": counter.get_total_flops() * config.gradient_accumulation_steps // passes,
+    }
 
 
 def _bytes(module: nn.Module) -> int:
@@ -186,8 +196,8 @@ def cache_bytes(sample_shape: tuple[int, ...], cond: torch.Tensor, num_samples: 
     return {"latents": 2 * latent * num_samples, "embeddings": 2 * (length + 2) * depth * num_samples}
 
 
-def format_estimate(estimate: dict, max_train_steps: int | None = None, seconds_per_step: float | None = None) -> str:
-    """`estimate_memory` as a table, in GB of 10^9 bytes; given both numbers, also the hours they make."""
+def format_estimate(estimate: dict, max_train_steps: int | None = None, tflops: float | None = None) -> str:
+    """`estimate_memory` as a table, in GB of 10^9 bytes; given iterations and the TFLOP/s of a device, also the hours."""
     trainer = {network: turn for turn, networks in estimate["trained"].items() for network in networks}
     lines = [f"{'network':<32}{'parameters':>12}{'weights':>13}"]
     for name, count in estimate["parameters"].items():
@@ -202,9 +212,12 @@ def format_estimate(estimate: dict, max_train_steps: int | None = None, seconds_
     for name, turn in estimate["turns"].items():
         lines.append(f"{name:<18}" + "".join(_gb(turn[column]) for column in columns))
     lines += ["", f"{'peak, without what CUDA itself takes':<44}{_gb(estimate['peak'])}"]
-    if max_train_steps is not None and seconds_per_step is not None:
-        hours = max_train_steps * seconds_per_step / 3600
-        lines.append(f"{max_train_steps:,} iterations of {seconds_per_step:g} s: {hours:.1f} hours")
+    if max_train_steps is not None and tflops is not None:
+        work = estimate["flops"] / 1e12
+        hours = max_train_steps * work / tflops / 3600
+        lines.append(
+            f"{max_train_steps:,} iterations of {work:,.2f} TFLOP on average, at {tflops:g} TFLOP/s: {hours:,.1f} hours"
+        )
     return "\n".join(lines)
 
 

@@ -30,28 +30,31 @@ def check_prompts(prompt) -> list[str]:
 
 
 @torch.no_grad()
-def embed_prompts(tokenizer, text_encoder, prompts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+def embed_prompts(
+    tokenizer, text_encoder, prompts: list[str], device: torch.device | str | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Runs the text encoder as diffusers' Stable Diffusion pipeline does.
 
     Args:
         tokenizer: of the teacher; what exceeds its `model_max_length` is cut off with a warning.
         text_encoder: of the teacher, a CLIP text model.
         prompts: B strings; the empty one is allowed, for guidance.
+        device: where the encoder runs, if that is not where its weights rest (sequential offload).
 
     Returns:
         (embeddings [B, L, D] in the encoder's dtype, mask LongTensor [B, L]: 1 on real tokens, 0 on padding), on the
-        encoder's device.
+        device that the encoder runs on.
     """
-    length = tokenizer.model_max_length
+    device, length = device or text_encoder.device, tokenizer.model_max_length
     tokens = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     for text, ids in zip(prompts, tokenizer(prompts, verbose=False).input_ids):
         if len(ids) > length:
             lost = tokenizer.decode(ids[length - 1 : -1])
             logger.warning(f"prompt: {text!r} has more than the {length} tokens that are read; cut off: {lost!r}")
-    mask = tokens.attention_mask.to(text_encoder.device)
+    mask = tokens.attention_mask.to(device)
     # Stable Diffusion 1 was trained without the mask; encoders that want it say so in their config.
     used = mask if getattr(text_encoder.config, "use_attention_mask", False) else None
-    return text_encoder(tokens.input_ids.to(text_encoder.device), attention_mask=used)[0], mask
+    return text_encoder(tokens.input_ids.to(device), attention_mask=used)[0], mask
 
 
 def _pool_mean(embeddings: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

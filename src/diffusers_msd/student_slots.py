@@ -56,11 +56,14 @@ class StudentSlots(SafePipeline):
         (diffusers' generic `DiffusionPipeline.from_pretrained` would load it all the same.)
 
         Raises:
-            ValueError: also if a part of the router has no student and was not left out by name.
+            ValueError: also if a part of the router has no student and none was left out there, now or at the save.
         """
         pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         parts = range(0 if pipe.router is None else pipe.router.num_students)
         missing = [SLOTS[k] for k in parts if k not in pipe.students and SLOTS[k] not in kwargs]
+        # One that was left out when the pipeline was saved is in the index, as [null, null].
+        index = cls.load_config(pretrained_model_name_or_path, **kwargs) if missing else {}
+        missing = [slot for slot in missing if slot not in index]
         if missing:
             raise ValueError(
                 f"router: it has {len(parts)} parts, but {pretrained_model_name_or_path} has no {', '.join(missing)}; "

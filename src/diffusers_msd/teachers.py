@@ -41,6 +41,15 @@ def _class_name(path: str | Path, subfolder: str, config_class: type, argument: 
         raise FileNotFoundError(f"{argument}: {path} has no readable {subfolder}/: {error}") from error
 
 
+def _teacher_class(path: str) -> type:
+    name = _class_name(path, "unet", UNet2DModel, "pretrained_teacher_model")
+    if name not in TEACHERS:
+        raise ValueError(
+            f"pretrained_teacher_model: {path}: unet/ is a {name}; one of {', '.join(TEACHERS)} is needed"
+        )
+    return TEACHERS[name]
+
+
 def load_teacher(path: str) -> tuple[ModelMixin, SchedulerMixin]:
     """Loads a teacher's network and scheduler, from a local folder or a Hub id with `unet/` and `scheduler/`.
 
@@ -50,18 +59,21 @@ def load_teacher(path: str) -> tuple[ModelMixin, SchedulerMixin]:
     Raises:
         FileNotFoundError, ValueError: something is missing, truncated or unknown, with its place.
     """
-    name = _class_name(path, "unet", UNet2DModel, "pretrained_teacher_model")
-    if name not in TEACHERS:
-        raise ValueError(
-            f"pretrained_teacher_model: {path}: unet/ is a {name}; one of {', '.join(TEACHERS)} is needed"
-        )
-    model = load_model(TEACHERS[name], path, "pretrained_teacher_model", subfolder="unet")
+    model = load_model(_teacher_class(path), path, "pretrained_teacher_model", subfolder="unet")
     if isinstance(model, UNet2DModel) and not model.config.num_class_embeds:
         raise ValueError(
             f"pretrained_teacher_model: {path} is not class-conditional; a UNet2DModel with num_class_embeds is needed"
         )
     scheduler = load_scheduler(path, "pretrained_teacher_model")
     return model.requires_grad_(False).eval(), scheduler
+
+
+def load_teacher_shape(path: str) -> tuple[ModelMixin, SchedulerMixin]:
+    """As `load_teacher`, but the network is on the meta device: its weights are neither downloaded nor read."""
+    teacher_class = _teacher_class(path)
+    with torch.device("meta"):
+        model = teacher_class.from_config(teacher_class.load_config(path, subfolder="unet"))
+    return model.eval(), load_scheduler(path, "pretrained_teacher_model")
 
 
 def load_scheduler(path: str | Path, argument: str) -> SchedulerMixin:
