@@ -9,6 +9,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from helpers import edm_scheduler, sd_scheduler, tiny_text_unet, tiny_unet
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
 
 from diffusers_msd.denoiser import denoiser_for, sample_shape
 from diffusers_msd.draws import Draws
@@ -229,10 +230,25 @@ def test_live_bytes_counts_each_storage_from_its_creation_to_its_end():
 
 def test_the_table_holds_the_numbers():
     e = estimate("text", "dm")
-    text = format_estimate(e, max_train_steps=1800, seconds_per_step=2.0)
+    text = format_estimate({**e, "flops": 2e12}, max_train_steps=1800, tflops=1.0)
     assert "student, trained by the student" in text and "teacher, frozen" in text and "batch 4" in text
-    assert text.splitlines()[-1] == "1,800 iterations of 2 s: 1.0 hours"
+    assert text.splitlines()[-1] == "1,800 iterations of 2.00 TFLOP on average, at 1 TFLOP/s: 1.0 hours"
     assert "34.38 GB" in format_estimate({**e, "peak": 34_380_000_000}).splitlines()[-1]
+
+
+@pytest.mark.parametrize("stage, number", TURNS)
+def test_arithmetic_is_that_of_the_real_turn_and_follows_interval_and_accumulation(stage, number):
+    turn, _, loss = real_turn("text", stage, number)
+    with FlopCounterMode(display=False) as counter:
+        loss().backward()
+    turns, cond = build("text", stage, False, student_update_interval=[4])
+    e = estimate_memory(turns, training(), cond)
+    assert e["turns"][turn.name]["flops"] == counter.get_total_flops() > 0
+    by_turn = {name: values["flops"] for name, values in e["turns"].items()}
+    interval = 1 if stage == "tsm" else 4
+    assert e["flops"] == by_turn["student"] / interval + by_turn.get("critic", 0)
+    accumulated = estimate("text", stage, gradient_accumulation_steps=3)
+    assert accumulated["turns"][turn.name]["flops"] == 3 * e["turns"][turn.name]["flops"]
 
 
 def test_the_disk_for_cached_captions_is_that_of_its_tensors():

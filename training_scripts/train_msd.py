@@ -20,13 +20,14 @@ from diffusers import ModelMixin
 from filelock import FileLock
 
 from diffusers_msd import MultiStudentPipeline
-from diffusers_msd.conditions import ConditionConfig, conditions_for, fit_router
+from diffusers_msd.conditions import CONDITIONS, ConditionConfig, conditions_for, fit_router
 from diffusers_msd.config import for_stage, parse_config, run_script
 from diffusers_msd.data import DataConfig
 from diffusers_msd.denoiser import Denoiser, denoiser_for, sample_shape
 from diffusers_msd.draws import derive_seed
 from diffusers_msd.files import check_writable, fingerprint, load_model, model_fingerprint
 from diffusers_msd.grids import save_grid
+from diffusers_msd.memory import cache_bytes, estimate_memory, format_estimate, without_data
 from diffusers_msd.metrics import FeatureNet, extract_features, frechet_distance
 from diffusers_msd.objectives import PERCEPTUAL
 from diffusers_msd.pairs import PairDataset, pair_noise
@@ -36,7 +37,7 @@ from diffusers_msd.schedule import NoiseSchedule
 from diffusers_msd.stage_config import StageConfig
 from diffusers_msd.stages import STAGES, build_stage
 from diffusers_msd.students import StudentConfig, check_student, create_student, is_same_architecture
-from diffusers_msd.teachers import load_teacher
+from diffusers_msd.teachers import load_teacher, load_teacher_shape
 from diffusers_msd.training import Trainer
 from diffusers_msd.training_config import TrainingConfig, autocast_dtype, create_accelerator
 
@@ -63,6 +64,16 @@ class MSDConfig:
         default=None, metadata={"help": "Feature network whose Fréchet distance is logged at each validation."}
     )
     num_validation_images: int = field(default=512, metadata={"help": "Images per validation distance."})
+    dry_run: bool = field(
+        default=False,
+        metadata={
+            "help": "Print parameters, memory, disk and hours of each stage, and train nothing. Needs the "
+            "teacher's config files alone."
+        },
+    )
+    dry_run_tflops: float = field(
+        default=60.0, metadata={"help": "Sustained TFLOP/s of one device that the hours of a dry run assume."}
+    )
     push_to_hub: bool = field(default=False, metadata={"help": "Push the finished pipeline to the Hub."})
     hub_model_id: str | None = field(default=None, metadata={"help": "Its repository; default: the folder's name."})
     hub_token: str | None = field(default=None, metadata={"help": "Token to push with; default: the saved login."})
@@ -331,12 +342,40 @@ class Run:
         )
 
 
+def dry_run(config: MSDConfig, student: StudentConfig, stage: StageConfig, training: TrainingConfig):
+    """Prints what each stage of one student will need, on networks without weights."""
+    path = config.pretrained_teacher_model
+    teacher, scheduler = load_teacher_shape(path)
+    cond = CONDITIONS[type(teacher)].example(teacher, path)
+    schedule, dtype = NoiseSchedule.from_scheduler(scheduler), autocast_dtype(training)
+
+    def denoiser(channels=None, blocks=None, weight_dtype=None) -> Denoiser:
+        with torch.device("meta"):
+            model = create_student(teacher, channels, blocks).to(weight_dtype or torch.float32).eval()
+        return denoiser_for(without_data(model), schedule, null_cond=cond[0], autocast_dtype=dtype)
+
+    print(
+        f"one sample: {'x'.join(map(str, sample_shape(teacher)))}; one condition: {list(cond.shape[1:]) or 'a class'}"
+    )
+    for i, name in enumerate(config.stages):
+        settings, run = for_stage(stage, i, len(config.stages)), for_stage(training, i, len(config.stages))
+        nets = denoiser(student.student_channels, student.student_blocks), denoiser(weight_dtype=dtype), denoiser()
+        estimate = estimate_memory(build_stage(name, *nets, cond, settings), run, cond)
+        print(f"\n--- {name} ---\n{format_estimate(estimate, run.max_train_steps[0], config.dry_run_tflops)}")
+    if cond.ndim > 1:
+        disk = cache_bytes(sample_shape(teacher), cond, 1_000_000)
+        print("\ncache of a million captions: " + ", ".join(f"{k} {v / 1e9:.0f} GB" for k, v in disk.items()))
+
+
 def main():
     config, condition, student, data, stage, training = parse_config(
         [MSDConfig, ConditionConfig, StudentConfig, DataConfig, StageConfig, TrainingConfig], __doc__
     )
     if config.push_to_hub and training.report_to == "wandb" and config.hub_token:
         raise ValueError("hub_token: with --report_to wandb it would be uploaded; use `hf auth login` instead")
+    if config.dry_run:
+        dry_run(config, student, stage, training)
+        return
     run = Run(config, condition, student, data, stage, training)
     run.accelerator.init_trackers("train_msd")
     indices = range(config.num_students) if config.student_index is None else [config.student_index]

@@ -152,20 +152,18 @@ def estimate_memory(turns: list[Turn], config: TrainingConfig, cond: torch.Tenso
 
 
 def _run(turn: Turn, config: TrainingConfig, cond: torch.Tensor, known: list[torch.Tensor]) -> dict[str, int]:
-    """Runs a turn on fake tensors; bytes of its phases."""
-    size = config.train_batch_size
+    """Runs a turn on fake tensors; bytes of its phases, and its arithmetic."""
     turn.claim()
-    shape = sample_shape(next(iter(turn.models().values())))
-    passes = min(2, config.gradient_accumulation_steps)
-    with LiveBytes(known) as live, FlopCounterMode(display=False) as counter:
+    with LiveBytes(known) as live:
         # With accumulation the gradients of one pass are there during the next.
-        for _ in range(passes):
-            data = {"images": torch.zeros(size, *shape), "noise": torch.zeros(size, *shape)}
-            data["cond"] = cond[:1].expand(size, *cond.shape[1:]).clone()
-            losses = turn(dict.fromkeys(turn.needs, data), Draws((0,), size, slice(None)))
+        for _ in range(min(2, config.gradient_accumulation_steps)):
+            loss = _loss(turn, config.train_batch_size, cond)
             activations = live.now
-            losses["loss"].mean().backward()
-            del losses, data
+            loss.backward()
+            del loss
+    # On its own: the counter takes some operations apart, and what it holds on to would be counted.
+    with FlopCounterMode(display=False) as counter:
+        _loss(turn, config.train_batch_size, cond).backward()
     gradients = _bytes(turn)
     turn.zero_grad(set_to_none=True)
     return {
@@ -173,8 +171,15 @@ def _run(turn: Turn, config: TrainingConfig, cond: torch.Tensor, known: list[tor
         "activations": activations,
         "pass": live.peak,
         "update": gradients,
-        "flops": counter.get_total_flops() * config.gradient_accumulation_steps // passes,
+        "flops": counter.get_total_flops() * config.gradient_accumulation_steps,
     }
+
+
+def _loss(turn: Turn, size: int, cond: torch.Tensor) -> torch.Tensor:
+    shape = sample_shape(next(iter(turn.models().values())))
+    data = {"images": torch.zeros(size, *shape), "noise": torch.zeros(size, *shape)}
+    data["cond"] = cond[:1].expand(size, *cond.shape[1:]).clone()
+    return turn(dict.fromkeys(turn.needs, data), Draws((0,), size, slice(None)))["loss"].mean()
 
 
 def _bytes(module: nn.Module) -> int:
