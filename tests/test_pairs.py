@@ -15,7 +15,14 @@ from diffusers_msd.schedule import NoiseSchedule
 
 SHAPE = (1, 8, 8)
 # 10 pairs in shards of 4, 4 and 2.
-SETTINGS = {"num_pairs": 10, "conditions": torch.arange(4), "image_shape": SHAPE, "num_steps": 2, "shard_size": 4, "batch_size": 3}
+SETTINGS = {
+    "num_pairs": 10,
+    "conditions": torch.arange(4),
+    "image_shape": SHAPE,
+    "num_steps": 2,
+    "shard_size": 4,
+    "batch_size": 3,
+}
 
 
 @pytest.fixture(scope="module")

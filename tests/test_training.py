@@ -61,7 +61,7 @@ class Pairs(PairDataset):
 
 
 def make_pairs(folder: Path) -> Path:
-    settings = {"num_classes": 4, "image_shape": (1, 8, 8), "fingerprint": "f" * 64, "num_steps": 2}
+    settings = {"conditions": torch.arange(4), "image_shape": (1, 8, 8), "fingerprint": "f" * 64, "num_steps": 2}
     generate_pairs(denoiser_for(tiny_unet(), SCHEDULE), folder, NUM_ITEMS, progress=False, **settings)
     return folder
 

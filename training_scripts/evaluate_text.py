@@ -18,7 +18,7 @@ import torch
 
 from diffusers_msd import MultiStudentPipeline
 from diffusers_msd.captions import CaptionCache, load_captions, read_images
-from diffusers_msd.conditions import ConditionConfig, conditions_for
+from diffusers_msd.conditions import conditions_for
 from diffusers_msd.config import parse_config, run_script
 from diffusers_msd.data import DataConfig
 from diffusers_msd.denoiser import denoiser_for, sample_shape
@@ -61,7 +61,7 @@ class Teacher:
 
     def __init__(self, path: str, config: TextEvaluationConfig, captions: list[str]):
         self.unet, scheduler = load_teacher(path)
-        self.conditions = conditions_for(self.unet, path, ConditionConfig(captions_dir=config.captions_dir))
+        self.conditions = conditions_for(self.unet, path, config.captions_dir)
         schedule = NoiseSchedule.from_scheduler(scheduler)
         self.denoiser = denoiser_for(self.unet.to(config.device), schedule, null_cond=self.conditions.null)
         self.decode, self.config = self.conditions.decoder(config.device), config

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from accelerate import PartialState
 
-from diffusers_msd.conditions import ConditionConfig, conditions_for
+from diffusers_msd.conditions import conditions_for
 from diffusers_msd.config import parse_config, run_script
 from diffusers_msd.denoiser import denoiser_for, sample_shape
 from diffusers_msd.files import check_writable, model_fingerprint
@@ -53,7 +53,7 @@ def main():
     output_dir = check_writable(config.output_dir, "output_dir")
     path = config.pretrained_teacher_model
     model, scheduler = load_teacher(path)
-    conditions = conditions_for(model, path, ConditionConfig(captions_dir=config.captions_dir))
+    conditions = conditions_for(model, path, config.captions_dir)
     fingerprint, schedule = model_fingerprint(model, scheduler), NoiseSchedule.from_scheduler(scheduler)
     with torch.no_grad():
         generate_pairs(

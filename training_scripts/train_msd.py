@@ -184,7 +184,13 @@ class Run:
             training,
         )
         teacher, self.scheduler = load_teacher(config.pretrained_teacher_model)
-        self.conditions = conditions_for(teacher, config.pretrained_teacher_model, condition)
+        self.conditions = conditions_for(
+            teacher,
+            config.pretrained_teacher_model,
+            condition.captions_dir,
+            condition.pooling,
+            condition.validation_prompts,
+        )
         check_config(config, self.conditions, teacher, student, stage)
         for i in range(len(config.stages)):
             for_stage(training, i, len(config.stages)), for_stage(stage, i, len(config.stages))

@@ -17,7 +17,7 @@ One class per family, with the same members, so that scripts and stages ask for 
     example()     a condition of the right shape, from a teacher's config alone
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from .embedding_routing import EmbeddingRouter
 from .files import atomic_write
 from .pairs import CLASSES
 from .plots import plot_margins
-from .prompts import POOLINGS, embed_prompts, encoder_fingerprint
+from .prompts import POOLINGS, check_prompts, embed_prompts, encoder_fingerprint
 from .routing import ClassRouter, ConditionRouter
 from .shards import Rows
 from .teachers import load_text_parts, load_vae
@@ -86,8 +86,8 @@ class ClassConditions:
     def example(teacher: UNet2DModel, path: str) -> torch.Tensor:
         return torch.zeros(1, dtype=torch.long)
 
-    def __init__(self, teacher: UNet2DModel, path: str, config: ConditionConfig):
-        if config.captions_dir is not None or config.validation_prompts:
+    def __init__(self, teacher: UNet2DModel, path: str, captions_dir=None, pooling="mean", validation_prompts=()):
+        if captions_dir is not None or validation_prompts:
             raise ValueError(
                 "captions_dir, validation_prompts: this teacher is class-conditional, it knows no captions"
             )
@@ -141,15 +141,17 @@ class TextConditions:
         length = CLIPTextConfig.from_pretrained(path, subfolder="text_encoder").max_position_embeddings
         return torch.zeros(1, length, teacher.config.cross_attention_dim, dtype=torch.float16)
 
-    def __init__(self, teacher: UNet2DConditionModel, path: str, config: ConditionConfig):
-        if config.captions_dir is None:
+    def __init__(
+        self, teacher: UNet2DConditionModel, path: str, captions_dir=None, pooling="mean", validation_prompts=()
+    ):
+        if captions_dir is None:
             raise ValueError("captions_dir: a text-conditional teacher needs it; make it with cache_captions.py")
-        self.path, self.pooling = path, config.pooling
-        self.cache = CaptionCache(config.captions_dir)
+        self.path, self.pooling = path, pooling
+        self.cache = CaptionCache(captions_dir)
         tokenizer, text_encoder, vae = load_text_parts(path)
         if self.cache.text_encoder_fingerprint != encoder_fingerprint(text_encoder):
             raise ValueError(
-                f"captions_dir: the embeddings in {config.captions_dir} are of another text encoder than the teacher's; "
+                f"captions_dir: the embeddings in {captions_dir} are of another text encoder than the teacher's; "
                 "make new ones with cache_captions.py in another --output_dir"
             )
         if self.cache.embeddings.shape[-1] != teacher.config.cross_attention_dim:
@@ -159,11 +161,11 @@ class TextConditions:
             )
         self.vae_fingerprint = vae_fingerprint(vae)
         self.values, self.null, self.identity = self.cache.embeddings, self.cache.null_embedding, self.cache.identity
-        self.pooled = self.cache.pooled(config.pooling)
-        self.recorded = {"pooling": config.pooling, "text_encoder_fingerprint": self.cache.text_encoder_fingerprint}
+        self.pooled = self.cache.pooled(pooling)
+        self.recorded = {"pooling": pooling, "text_encoder_fingerprint": self.cache.text_encoder_fingerprint}
         self.prompts = None
-        if config.validation_prompts:
-            self.prompts = embed_prompts(tokenizer, text_encoder, config.validation_prompts)
+        if validation_prompts:
+            self.prompts = embed_prompts(tokenizer, text_encoder, check_prompts(validation_prompts))
 
     def assign(self, router: ConditionRouter) -> torch.Tensor:
         known = (router.config.pooling, router.config.text_encoder_fingerprint)
@@ -206,13 +208,19 @@ class TextConditions:
 CONDITIONS: dict[type, type] = {UNet2DModel: ClassConditions, UNet2DConditionModel: TextConditions}
 
 
-def conditions_for(teacher: ModelMixin, path: str, config: ConditionConfig) -> ClassConditions | TextConditions:
-    """The conditions of a teacher that was loaded from `path`.
+def conditions_for(
+    teacher: ModelMixin,
+    path: str,
+    captions_dir: str | None = None,
+    pooling: str = "mean",
+    validation_prompts: Sequence[str] = (),
+) -> ClassConditions | TextConditions:
+    """The conditions of a teacher that was loaded from `path`; the other arguments as in `ConditionConfig`.
 
     Raises:
         FileNotFoundError, ValueError: captions are missing, or are not this teacher's.
     """
-    return CONDITIONS[type(teacher)](teacher, path, config)
+    return CONDITIONS[type(teacher)](teacher, path, captions_dir, pooling, validation_prompts)
 
 
 def fit_router(
