@@ -114,8 +114,16 @@ def common_parts(models: dict[str, Teacher | Students], cache: CaptionCache) -> 
     return {k: torch.nonzero(assigned == k).flatten() for k in range(router.num_students)}
 
 
-def evaluate(name: str, path: str, model, judge: CaptionJudge, labels, real: dict, parts, config) -> tuple[dict, dict]:
-    """One model's row, and its images [N, 3, H, W]."""
+def show(model, captions: torch.Tensor, config: TextEvaluationConfig, columns: int = 4) -> torch.Tensor:
+    """Images of a few captions [n] from noise that all models share: [n, columns, 3, H, W]."""
+    labels = captions.repeat(columns)
+    z = pair_noise(pair_seeds(config.seed + 1, range(len(labels))), sample_shape(model.unet)).to(config.device)
+    images = torch.cat([model.sample(*batch).cpu() for batch in zip(z.split(64), labels.split(64))])
+    return images.reshape(columns, len(captions), *images.shape[1:]).transpose(0, 1)
+
+
+def evaluate(name: str, path: str, model, judge: CaptionJudge, labels, real: dict, parts, config) -> dict:
+    """One model's row."""
     z = pair_noise(pair_seeds(config.seed, range(len(labels))), sample_shape(model.unet))
     images, speed = generate(model.sample, z, labels, config.sample_batch_size, config.device)
     row = evaluate_images(judge, images, labels, real["images"], real["labels"], parts)
@@ -128,7 +136,7 @@ def evaluate(name: str, path: str, model, judge: CaptionJudge, labels, real: dic
         "parameters_total": sum(model.parameters),
         "training_seconds": training_record(Path(path)).get("seconds"),
         "images_per_second": speed,
-    }, images
+    }
 
 
 def main():
@@ -157,9 +165,10 @@ def main():
     rows, samples = [], {}
     shown = torch.linspace(0, len(cache) - 1, min(config.num_shown, len(cache))).long()
     for name, model in models.items():
-        row, images = evaluate(name, paths[name], model, judge, labels, real, parts, config)
+        row = evaluate(name, paths[name], model, judge, labels, real, parts, config)
         rows.append(row)
-        samples[name] = torch.stack([images[shown + i * len(cache)] for i in range(config.images_per_caption)], dim=1)
+        with torch.no_grad():
+            samples[name] = show(model, shown, config)
         print(f"{name}: FD {row['fd']:.4f}, retrieval@1 {100 * row['class_accuracy']:.2f} %", flush=True)
     protocol = (
         f"{len(labels)} images per model against {len(real_images)} real ones; features and captions of ContrastiveNet "

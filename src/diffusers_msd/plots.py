@@ -31,15 +31,16 @@ def plot_samples(samples: dict[str, torch.Tensor], path: Path, conditions: list[
     grids = {name: image_grid(images.flatten(0, 1), columns=images.shape[1]) for name, images in samples.items()}
     rows = len(next(iter(samples.values())))
     height = next(iter(grids.values())).height
+    names = [str(name) for name in (range(rows) if conditions is None else conditions)]
     widths = [grid.width for grid in grids.values()]
-    size = (sum(widths) / 100 + 0.2 * len(grids) + (0.4 if conditions is None else 2), height / 100 + 0.4)
+    # Names of 7 points take some 0.055 inches a letter.
+    size = (sum(widths) / 100 + 0.2 * len(grids) + 0.3 + 0.055 * max(map(len, names)), height / 100 + 0.4)
     figure, axes = _figure(1, len(grids), figsize=size, squeeze=False, layout="tight", width_ratios=widths)
     for axis, (name, grid) in zip(axes[0], grids.items()):
         axis.imshow(grid, interpolation="nearest")
         axis.set_title(name, fontsize=9)
         axis.set_xticks([])
         axis.set_yticks([])
-    names = range(rows) if conditions is None else conditions
     axes[0][0].set_yticks([height / rows * (i + 0.5) for i in range(rows)], labels=names, fontsize=7)
     if conditions is None:
         axes[0][0].set_ylabel("class", fontsize=8)
