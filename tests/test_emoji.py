@@ -5,7 +5,6 @@
 import importlib.util
 import io
 import json
-import runpy
 import sys
 from pathlib import Path
 
@@ -20,14 +19,12 @@ from fontTools.ttLib.tables import C_B_D_T_, E_B_L_C_
 from fontTools.ttLib.tables._g_l_y_f import Glyph
 from fontTools.ttLib.tables.BitmapGlyphMetrics import SmallGlyphMetrics
 from PIL import Image
+from test_scripts import SCRIPTS, run
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffusers_msd.files import load_model
 from diffusers_msd.prompts import embed_prompts, pool_embeddings
 from diffusers_msd.retrieval import ContrastiveNet
-
-
-SCRIPTS = Path(__file__).parents[1] / "training_scripts"
 
 
 def script(name):
@@ -41,17 +38,6 @@ def script(name):
 
 prepare_emoji = script("prepare_emoji")
 train_text_parts = script("train_text_parts")
-
-
-def run(name: str, *arguments) -> int:
-    """The exit status of a script, run as `python script.py arguments` in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [name, *(str(argument) for argument in arguments)])
-        try:
-            runpy.run_path(str(SCRIPTS / name), run_name="__main__")
-        except SystemExit as exit:
-            return exit.code
-    return 0
 
 
 # ------------------------------------------------------------------ captions

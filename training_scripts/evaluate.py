@@ -19,7 +19,7 @@ from diffusers_msd import MultiStudentPipeline
 from diffusers_msd.config import parse_config, run_script
 from diffusers_msd.data import DataConfig, load_images
 from diffusers_msd.denoiser import denoiser_for, sample_shape
-from diffusers_msd.evaluation import generate, markdown_table
+from diffusers_msd.evaluation import generate, markdown_table, named_folders
 from diffusers_msd.files import atomic_write, check_writable, load_model, write_json
 from diffusers_msd.metrics import FeatureNet, describe_feature_net, evaluate_images
 from diffusers_msd.pairs import pair_noise, pair_seeds
@@ -119,15 +119,7 @@ def evaluate(name: str, path: str, config: EvaluationConfig, feature_net, real: 
 
 def main():
     config, data = parse_config([EvaluationConfig, DataConfig], __doc__)
-    models = {}
-    for entry in config.models:
-        name, found, path = entry.rpartition("=")
-        if not found or not name:
-            raise ValueError(f"models: name=folder expected, got {entry!r}")
-        models[name] = path
-    for path in models.values():
-        if not Path(path).is_dir() and len(Path(path).parts) != 2:
-            raise FileNotFoundError(f"models: {path} is neither a local folder nor a Hub id")
+    models = named_folders(config.models)
     if config.sample_batch_size < 1:
         raise ValueError(f"sample_batch_size: at least 1 expected, got {config.sample_batch_size}")
     output_dir = check_writable(config.output_dir, "output_dir")

@@ -22,7 +22,7 @@ from diffusers_msd.conditions import conditions_for
 from diffusers_msd.config import parse_config, run_script
 from diffusers_msd.data import DataConfig
 from diffusers_msd.denoiser import denoiser_for, sample_shape
-from diffusers_msd.evaluation import generate, markdown_table
+from diffusers_msd.evaluation import generate, markdown_table, named_folders
 from diffusers_msd.files import atomic_write, check_writable, load_model, write_json
 from diffusers_msd.metrics import evaluate_images, extract_features, weights_hash
 from diffusers_msd.pairs import pair_noise, pair_seeds
@@ -141,12 +141,7 @@ def evaluate(name: str, path: str, model, judge: CaptionJudge, labels, real: dic
 
 def main():
     config, data = parse_config([TextEvaluationConfig, DataConfig], __doc__)
-    paths = {}
-    for entry in config.models:
-        name, found, path = entry.rpartition("=")
-        if not found or not name:
-            raise ValueError(f"models: name=folder expected, got {entry!r}")
-        paths[name] = path
+    paths = named_folders(config.models)
     if data.resolution is None:
         raise ValueError("resolution: the side of the images in pixels is needed")
     output_dir = check_writable(config.output_dir, "output_dir")

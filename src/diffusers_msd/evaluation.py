@@ -1,11 +1,30 @@
 # Copyright 2026 The diffusers_msd authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What evaluation scripts share: images from given noise, and the table of results."""
+"""What evaluation scripts share: which models, images from given noise, and the table of results."""
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+
+
+def named_folders(entries: list[str]) -> dict[str, str]:
+    """Reads `name=folder` arguments (no = in the folder; a Hub id is allowed) as {name: folder}.
+
+    Raises:
+        FileNotFoundError, ValueError: an entry has no name, or is neither a local folder nor a Hub id.
+    """
+    folders = {}
+    for entry in entries:
+        name, found, path = entry.rpartition("=")
+        if not found or not name:
+            raise ValueError(f"models: name=folder expected, got {entry!r}")
+        folders[name] = path
+    for path in folders.values():
+        if not Path(path).is_dir() and len(Path(path).parts) != 2:
+            raise FileNotFoundError(f"models: {path} is neither a local folder nor a Hub id")
+    return folders
 
 
 @torch.no_grad()
