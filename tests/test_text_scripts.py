@@ -12,7 +12,7 @@ from helpers import tiny_stable_diffusion, tiny_text_encoder
 from PIL import Image
 from test_scripts import SHORT, assert_refused, hashes, picture, run
 
-from diffusers_msd import EmbeddingRouter, MultiStudentPipeline
+from diffusers_msd import ClassRouter, EmbeddingRouter, MultiStudentPipeline
 from diffusers_msd.captions import CaptionCache
 from diffusers_msd.pairs import PairDataset
 from diffusers_msd.retrieval import ContrastiveNet
@@ -158,6 +158,13 @@ def test_evaluation_compares_teacher_and_pipeline_part_by_part(folder, teacher, 
 )
 def test_bad_partitions_are_refused(arguments, texts, teacher, captions, pairs, tmp_path, capsys):
     assert_refused(capsys, distil(teacher, captions, pairs, tmp_path, *arguments), *texts)
+
+
+def test_a_router_of_classes_is_refused(teacher, captions, pairs, tmp_path, capsys):
+    ClassRouter.consecutive(4, 2).save_pretrained(tmp_path / "router")
+    arguments = ["--num_students", 2, "--router", tmp_path / "router"]
+    status = distil(teacher, captions, pairs, tmp_path / "out", *arguments)
+    assert_refused(capsys, status, "router: ", "ClassRouter", "EmbeddingRouter")
 
 
 def test_a_text_teacher_without_captions_and_a_class_teacher_with_them_are_refused(teacher, pairs, tmp_path, capsys):

@@ -32,7 +32,7 @@ from .embedding_routing import EmbeddingRouter
 from .files import atomic_write
 from .pairs import CLASSES
 from .plots import plot_margins
-from .prompts import POOLINGS, check_prompts, embed_prompts, encoder_fingerprint
+from .prompts import POOLINGS, check_prompts, embed_prompts, encoder_fingerprint, pool_embeddings
 from .routing import ClassRouter, ConditionRouter
 from .shards import Rows
 from .teachers import load_text_parts, load_vae
@@ -75,6 +75,7 @@ class ClassConditions:
 
     null = None
     identity = CLASSES
+    router_class = ClassRouter
     default_partition = "consecutive"
     partitions = {
         "consecutive": lambda self, k, seed: ClassRouter.consecutive(len(self.values), k),
@@ -129,6 +130,7 @@ class TextConditions:
     the cache.
     """
 
+    router_class = EmbeddingRouter
     default_partition = "quadrants"
     partitions = {
         "quadrants": lambda self, k, seed: EmbeddingRouter.fit_quadrants(self.pooled, k, seed, **self.recorded),
@@ -185,7 +187,7 @@ class TextConditions:
     def shown(self, router: ConditionRouter, k: int, rows: torch.Tensor) -> torch.Tensor:
         if self.prompts is not None:
             embeddings, mask = self.prompts
-            mine = router(embeddings=POOLINGS[self.pooling](embeddings.float(), mask)) == k
+            mine = router(embeddings=pool_embeddings(embeddings, mask, self.pooling)) == k
             if mine.any():
                 return embeddings[mine].half()
         return self.values[rows[torch.linspace(0, len(rows) - 1, min(8, len(rows))).long()]]
@@ -235,6 +237,11 @@ def fit_router(
         if config.partition is not None:
             raise ValueError("partition: it is given beside --router, which is fitted already; leave one out")
         router = ConditionRouter.from_pretrained(config.router)
+        if not isinstance(router, conditions.router_class):
+            raise ValueError(
+                f"router: {config.router} holds a {type(router).__name__}, this teacher's conditions need one of class "
+                f"{conditions.router_class.__name__}"
+            )
         if router.num_students != num_students:
             raise ValueError(f"router: it has {router.num_students} parts, num_students is {num_students}")
         return router
