@@ -84,7 +84,8 @@ class PairDataset(torch.utils.data.Dataset):
                 f"{index['fingerprint'][:12]}, this teacher's is {teacher_fingerprint[:12]}); make this teacher's pairs with "
                 f"{MADE_BY} in another --output_dir"
             )
-        if index["identity"] != identity:
+        # Absent in pairs of before there were captions.
+        if index.get("identity") != identity:
             raise ValueError(
                 f"pairs_dir: the pairs at {path} were made for other conditions (captions or classes); make new ones "
                 f"with {MADE_BY} in another --output_dir"
