@@ -80,7 +80,7 @@ ARROWS: dict[str, set[str]] = {
     "pipeline_inputs": {"embedding_routing", "prompts", "routing", "schedule"},
     "assembly": {"files", "pipeline_inputs", "routing", "teachers"},
     "student_slots": {"assembly", "hub", "pipeline_inputs", "routing"},
-    "pipeline_msd": {"denoiser", "pipeline_inputs", "prompts", "routing", "schedule", "student_slots"},
+    "pipeline_msd": {"denoiser", "pipeline_inputs", "prompts", "routing", "schedule", "student_slots", "teachers"},
 }
 TRAINING = {
     "batches",

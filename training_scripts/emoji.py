@@ -10,12 +10,11 @@ emoji), a small VAE, text encoder and teacher, its pairs, one student (K=1) and 
 be interrupted: run again, it continues.
 """
 
-import argparse
 import os
 import time
 from pathlib import Path
 
-from quickstart import SCRIPTS, folder_of, run, run_recipe, script, student_jobs, train_all
+from quickstart import SCRIPTS, folder_of, recipe_arguments, run, run_recipe, script, student_jobs, train_all
 
 
 CONFIGS = SCRIPTS / "configs"
@@ -60,11 +59,7 @@ def teacher_steps(output_dir: Path, seed: int) -> list[tuple[str, Path, list[str
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", default="runs/emoji", help="Folder of everything that is made.")
-    parser.add_argument("--seed", type=int, default=0, help="Seed of the training.")
-    parser.add_argument("--workers", type=int, default=sum(k for *_, k in RUNS), help="Students at a time.")
-    arguments = parser.parse_args()
+    arguments = recipe_arguments(__doc__, "runs/emoji", RUNS)
     output_dir = Path(arguments.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     threads = os.cpu_count() or 1

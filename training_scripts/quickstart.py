@@ -98,12 +98,17 @@ def train_all(output_dir: Path, jobs: list, total: int, workers: int):
                 future.result()
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", default="runs/quickstart", help="Folder of everything that is made.")
+def recipe_arguments(description: str, output_dir: str, runs: list[tuple[str, str, int]]) -> argparse.Namespace:
+    """The command line of a recipe: `output_dir`, `seed`, and `workers`, by default as many as there are students."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", default=output_dir, help="Folder of everything that is made.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the training.")
-    parser.add_argument("--workers", type=int, default=sum(k for *_, k in RUNS), help="Students at a time.")
-    arguments = parser.parse_args()
+    parser.add_argument("--workers", type=int, default=sum(k for *_, k in runs), help="Students at a time.")
+    return parser.parse_args()
+
+
+def main():
+    arguments = recipe_arguments(__doc__, "runs/quickstart", RUNS)
     output_dir = Path(arguments.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()

@@ -176,13 +176,8 @@ class Run:
         stage: StageConfig,
         training: TrainingConfig,
     ):
-        self.config, self.condition, self.student, self.stage, self.training = (
-            config,
-            condition,
-            student,
-            stage,
-            training,
-        )
+        self.config, self.condition, self.student = config, condition, student
+        self.stage, self.training = stage, training
         teacher, self.scheduler = load_teacher(config.pretrained_teacher_model)
         self.conditions = conditions_for(
             teacher,

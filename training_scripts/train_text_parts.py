@@ -26,7 +26,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from diffusers_msd.captions import load_captions
+from diffusers_msd.captions import is_caption, load_captions
 from diffusers_msd.config import for_stage, parse_config, run_script
 from diffusers_msd.data import DataConfig, ImageDataset, fit_image, open_image
 from diffusers_msd.draws import derive_seed
@@ -88,7 +88,7 @@ def load_pairs(config: DataConfig) -> tuple[ImageDataset, list[str]]:
     captions = dataset["caption"][:]
     pixels, resolution = [], config.resolution
     for row, record in enumerate(tqdm(dataset["image"], desc="images", unit="image")):
-        if not isinstance(captions[row], str) or not captions[row].strip():
+        if not is_caption(captions[row]):
             raise ValueError(f"caption_column: row {row} has no caption ({captions[row]!r})")
         image, where = open_image(record, row)
         resolution = image.width if resolution is None else resolution

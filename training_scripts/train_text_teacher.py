@@ -28,7 +28,7 @@ from diffusers_msd.prompts import encoder_fingerprint
 from diffusers_msd.sampling import SAMPLERS
 from diffusers_msd.schedule import NoiseSchedule
 from diffusers_msd.stages import DenoisingTurn
-from diffusers_msd.teachers import TextParts, load_text_parts
+from diffusers_msd.teachers import TextParts, decode_latents, load_text_parts
 from diffusers_msd.training import Trainer
 from diffusers_msd.training_config import TrainingConfig, autocast_dtype, create_accelerator
 
@@ -136,7 +136,7 @@ def main():
         z = pair_noise(torch.arange(columns).repeat(len(shown)), dataset.image_shape).to(device)
         cond = cache.embeddings[shown].repeat_interleave(columns, 0).to(device)
         latents = SAMPLERS["dpm"](denoiser, z, cond, 20, teacher_config.guidance_scale)
-        images = base.vae.to(device).decode(latents / base.vae.config.scaling_factor).sample.cpu()
+        images = decode_latents(base.vae.to(device), latents).cpu()
         save_grid(images, columns, output_dir / "training" / f"samples-{step:07d}.png")
         model.train()
 

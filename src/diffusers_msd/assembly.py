@@ -16,10 +16,7 @@ from diffusers import (
 from .files import load_model
 from .pipeline_inputs import SHARED_SETTINGS, SLOTS, check_students
 from .routing import ConditionRouter
-from .teachers import load_scheduler, load_text_parts
-
-
-FAMILIES = {family.__name__: family for family in SHARED_SETTINGS}
+from .teachers import TEACHERS, load_scheduler, load_text_parts
 
 
 def load_parts(
@@ -71,9 +68,9 @@ def load_student(source, k: int, dtype: torch.dtype | None) -> ModelMixin | None
             if subfolder
             else f"{argument}: {source} is neither a net nor a pipeline, on disk or on the Hub: {error}"
         ) from error
-    if name not in FAMILIES:
-        raise ValueError(f"{argument}: {source} holds a {name}; one of {', '.join(FAMILIES)} is needed")
-    return load_model(FAMILIES[name], path, argument, subfolder=subfolder, dtype=dtype)
+    if name not in TEACHERS:
+        raise ValueError(f"{argument}: {source} holds a {name}; one of {', '.join(TEACHERS)} is needed")
+    return load_model(TEACHERS[name], path, argument, subfolder=subfolder, dtype=dtype)
 
 
 def _place(source: str, k: int) -> tuple[str, str | None]:

@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL
 from diffusers.utils import logging
 from tqdm.auto import tqdm
 
-from .data import DataConfig, ImageDataset, fit_image, load_hf, open_image
+from .data import DataConfig, ImageDataset, as_pixels, fit_image, load_hf, open_image, undecoded
 from .files import check_writable, fingerprint, load_tensors, save_tensors
 from .prompts import POOLINGS, embed_prompts, encoder_fingerprint, pool_embeddings
 from .shards import Rows, Shards, read_index
@@ -30,12 +30,13 @@ MADE_BY = "training_scripts/cache_captions.py"
 NULL_FILE = "null.safetensors"
 
 
-def _embedding_shards(folder: Path, index: dict, argument: str) -> Shards:
-    return Shards(folder / "embeddings", index, index["num_rows"], "embeddings", argument, MADE_BY)
+def _table(name: str, folder: Path, index: dict, argument: str) -> Shards:
+    return Shards(folder / name, index, index["num_rows"], name, argument, MADE_BY)
 
 
-def _latent_shards(folder: Path, index: dict, argument: str) -> Shards:
-    return Shards(folder / "latents", index, index["num_rows"], "latents", argument, MADE_BY)
+def is_caption(value) -> bool:
+    """Whether a row's caption says something."""
+    return isinstance(value, str) and bool(value.strip())
 
 
 def load_captions(config: DataConfig, with_images: bool):
@@ -47,8 +48,6 @@ def load_captions(config: DataConfig, with_images: bool):
     Raises:
         FileNotFoundError, ValueError: it cannot be read, or a column is missing (those there are are named).
     """
-    import datasets
-
     if with_images and config.image_column == config.caption_column:
         raise ValueError(f"caption_column: got {config.caption_column!r}, which is image_column too; two are needed")
     dataset = load_hf(config, config.dataset_name)
@@ -61,10 +60,7 @@ def load_captions(config: DataConfig, with_images: bool):
     dataset = dataset.select_columns(list(columns))
     dataset = dataset.rename_columns({old: new for old, (_, new) in columns.items() if old != new})
     if with_images:
-        try:
-            dataset = dataset.cast_column("image", datasets.Image(decode=False))
-        except NotImplementedError as error:
-            raise ValueError(f"image_column: {config.image_column!r} holds no images ({error})") from error
+        dataset = undecoded(dataset, config)
     if config.max_train_samples is not None and config.max_train_samples < len(dataset):
         dataset = dataset.shuffle(seed=0).select(range(config.max_train_samples))
     return dataset
@@ -106,7 +102,7 @@ def cache_embeddings(
 
     def make_shard(rows: range, bar: tqdm):
         captions = dataset[rows.start : rows.stop]["caption"]
-        good = [i for i, caption in enumerate(captions) if isinstance(caption, str) and caption.strip()]
+        good = [i for i, caption in enumerate(captions) if is_caption(caption)]
         for i in sorted(set(range(len(captions))) - set(good)):
             logger.warning(f"caption_column: row {rows[i]} has no caption ({captions[i]!r}); it is skipped")
         bar.update(len(captions) - len(good))
@@ -122,8 +118,7 @@ def cache_embeddings(
         tensors["rows"] = torch.tensor(rows)[good]
         return tensors, {"captions": json.dumps([captions[i] for i in good])}
 
-    shards = _embedding_shards(folder, index, "output_dir")
-    shards.folder.mkdir(exist_ok=True)
+    shards = _table("embeddings", folder, index, "output_dir")
     shards.make(make_shard, rank, world_size, progress)
     null, _ = embed_prompts(tokenizer, text_encoder, [""])
     save_tensors(shards.folder / NULL_FILE, {"embeddings": null[0].half()})
@@ -177,7 +172,7 @@ def cache_latents(
             }
             images = {row: image for row, image in images.items() if image is not None}
             if images:
-                pixels = _as_pixels(list(images.values()))
+                pixels = as_pixels(list(images.values()))
                 mean = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mean
                 latents.append(((mean.float() - shift) * scale).half().cpu())
                 kept += images
@@ -188,14 +183,13 @@ def cache_latents(
             )
         return {"latents": torch.cat(latents), "rows": torch.tensor(kept)}, {}
 
-    shards = _latent_shards(folder, index, "output_dir")
-    shards.folder.mkdir(exist_ok=True)
+    shards = _table("latents", folder, index, "output_dir")
     shards.make(make_shard, rank, world_size, progress)
     return shards
 
 
 def _read(record: dict | None, caption, row: int, resolution: int) -> np.ndarray | None:
-    if not isinstance(caption, str) or not caption.strip():
+    if not is_caption(caption):
         return None  # Said by `cache_embeddings`.
     try:
         image, where = open_image(record, row)
@@ -218,11 +212,7 @@ def read_images(dataset, rows: torch.Tensor, resolution: int) -> tuple[torch.Ten
     """
     entries = [dataset[row] for row in rows.tolist()]
     images = [_read(e["image"], e["caption"], row, resolution) for e, row in zip(entries, rows.tolist())]
-    return _as_pixels([image for image in images if image is not None]), torch.tensor([i is not None for i in images])
-
-
-def _as_pixels(images: list[np.ndarray]) -> torch.Tensor:
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return as_pixels([image for image in images if image is not None]), torch.tensor([i is not None for i in images])
 
 
 def vae_fingerprint(vae: AutoencoderKL) -> str:
@@ -256,11 +246,11 @@ class CaptionCache:
     def __init__(self, captions_dir: str | Path):
         self.folder = Path(captions_dir)
         index = read_index(self.folder / "embeddings", "captions_dir", MADE_BY)
-        shards = _embedding_shards(self.folder, index, "captions_dir").read_all(checksum=False)
+        shards = _table("embeddings", self.folder, index, "captions_dir").read_all(checksum=False)
         self._tensors = [tensors for tensors, _ in shards]
         self._captions = [metadata["captions"] for _, metadata in shards]
         self.rows = torch.cat([tensors["rows"] for tensors in self._tensors])
-        self.text_encoder_fingerprint = index["text_encoder"]
+        self.text_encoder_fingerprint, self._digest = index["text_encoder"], index["captions"]
         self.skipped = index["num_rows"] - len(self.rows)
         self.identity = fingerprint({"rows": self.rows}, index)
         self.embeddings = Rows([tensors["embeddings"] for tensors in self._tensors])
@@ -293,13 +283,12 @@ class CaptionCache:
                 f"captions_dir: the latents in {self.folder} are of another VAE than the teacher's; make new ones "
                 f"with {MADE_BY} in another --output_dir"
             )
-        embedded = read_index(self.folder / "embeddings", "captions_dir", MADE_BY)
-        if index["captions"] != embedded["captions"]:
+        if index["captions"] != self._digest:
             raise ValueError(
                 f"captions_dir: latents and embeddings in {self.folder} are of different data; make new ones"
             )
         shards = [
-            tensors for tensors, _ in _latent_shards(self.folder, index, "captions_dir").read_all(checksum=False)
+            tensors for tensors, _ in _table("latents", self.folder, index, "captions_dir").read_all(checksum=False)
         ]
         labels = torch.searchsorted(self.rows, torch.cat([tensors["rows"] for tensors in shards]))
         latents = Rows([tensors["latents"] for tensors in shards])

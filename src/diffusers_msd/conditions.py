@@ -35,7 +35,7 @@ from .plots import plot_margins
 from .prompts import POOLINGS, check_prompts, embed_prompts, encoder_fingerprint, pool_embeddings
 from .routing import ClassRouter, ConditionRouter
 from .shards import Rows
-from .teachers import load_text_parts, load_vae
+from .teachers import decode_latents, load_text_encoder, load_text_parts, load_vae
 
 
 @dataclass
@@ -126,8 +126,8 @@ class ClassConditions:
 class TextConditions:
     """The captions of a text-conditional `UNet2DConditionModel`, each a condition of its own.
 
-    Text encoder and VAE are loaded to be compared with the cache, and given back; embeddings and latents come from
-    the cache.
+    Text encoder and VAE are loaded to be compared with the cache where it is used, and given back; embeddings and
+    latents come from the cache.
     """
 
     router_class = EmbeddingRouter
@@ -150,7 +150,7 @@ class TextConditions:
             raise ValueError("captions_dir: a text-conditional teacher needs it; make it with cache_captions.py")
         self.path, self.pooling = path, pooling
         self.cache = CaptionCache(captions_dir)
-        tokenizer, text_encoder, vae = load_text_parts(path)
+        tokenizer, text_encoder = load_text_encoder(path)
         if self.cache.text_encoder_fingerprint != encoder_fingerprint(text_encoder):
             raise ValueError(
                 f"captions_dir: the embeddings in {captions_dir} are of another text encoder than the teacher's; "
@@ -161,7 +161,6 @@ class TextConditions:
                 f"pretrained_teacher_model: its text encoder gives {self.cache.embeddings.shape[-1]} numbers a token, "
                 f"its unet takes cross_attention_dim={teacher.config.cross_attention_dim}"
             )
-        self.vae_fingerprint = vae_fingerprint(vae)
         self.values, self.null, self.identity = self.cache.embeddings, self.cache.null_embedding, self.cache.identity
         self.pooled = self.cache.pooled(pooling)
         self.recorded = {"pooling": pooling, "text_encoder_fingerprint": self.cache.text_encoder_fingerprint}
@@ -182,7 +181,7 @@ class TextConditions:
         return self.values.part(rows)
 
     def images(self, data: DataConfig) -> ImageDataset:
-        return self.cache.images(self.vae_fingerprint)
+        return self.cache.images(vae_fingerprint(load_vae(self.path)))
 
     def shown(self, router: ConditionRouter, k: int, rows: torch.Tensor) -> torch.Tensor:
         if self.prompts is not None:
@@ -194,8 +193,7 @@ class TextConditions:
 
     def decoder(self, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
         vae = load_vae(self.path).to(device)
-        shift, scale = vae.config.shift_factor or 0.0, vae.config.scaling_factor
-        return lambda samples: vae.decode((samples.to(device) / scale + shift)).sample
+        return lambda samples: decode_latents(vae, samples.to(device))
 
     def components(self) -> dict:
         return load_text_parts(self.path)._asdict()

@@ -289,8 +289,6 @@ def load_hf(config: DataConfig, name: str | None):
 
 
 def _from_hf(dataset, config: DataConfig, channels: int, resolution: int | None) -> ImageDataset:
-    import datasets
-
     for argument, column in (("image_column", config.image_column), ("label_column", config.label_column)):
         if column not in dataset.column_names:
             raise ValueError(
@@ -298,12 +296,8 @@ def _from_hf(dataset, config: DataConfig, channels: int, resolution: int | None)
                 "when it holds at least two class folders)"
             )
     labels, num_classes = _hf_labels(dataset.select_columns([config.label_column]), config.label_column)
-    # Undecoded, an image is a record of its bytes and its path: our errors can name the file.
     dataset = dataset.select_columns([config.image_column]).rename_columns({config.image_column: "image"})
-    try:
-        dataset = dataset.cast_column("image", datasets.Image(decode=False))
-    except NotImplementedError as error:
-        raise ValueError(f"image_column: {config.image_column!r} holds no images ({error})") from error
+    dataset = undecoded(dataset, config)
     if resolution is None:
         resolution = open_image(dataset[0]["image"], 0)[0].width
     if not config.resize:
@@ -338,6 +332,25 @@ def _read_hf(dataset, channels: int, resolution: int, rows: list[int]) -> torch.
             images.append(fit_image(image, channels, resolution))
         except (OSError, SyntaxError) as error:
             raise ValueError(f"image_column: {where} is truncated or corrupt ({error})") from error
+    return as_pixels(images)
+
+
+def undecoded(dataset, config: DataConfig):
+    """Leaves the images of column "image" as records of their bytes and path, so that errors can name the file.
+
+    Raises:
+        ValueError: the column holds no images.
+    """
+    import datasets
+
+    try:
+        return dataset.cast_column("image", datasets.Image(decode=False))
+    except NotImplementedError as error:
+        raise ValueError(f"image_column: {config.image_column!r} holds no images ({error})") from error
+
+
+def as_pixels(images: list[np.ndarray]) -> torch.Tensor:
+    """8-bit images [H, W, C] as float32 [N, C, H, W] in [-1, 1]."""
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float().div(127.5).sub(1)
 
 

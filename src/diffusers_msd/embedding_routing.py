@@ -39,7 +39,7 @@ class EmbeddingRouter(ConditionRouter):
         offsets (`torch.FloatTensor` of shape `[N]`): See the table.
         part_sizes (`list[int]`): How many of the embeddings that it was fitted on each part got.
         pooling (`str`, *optional*): How prompts were embedded, "mean" or "eos".
-        text_encoder_fingerprint (`str`, *optional*): What embedded them (`files.model_fingerprint`).
+        text_encoder_fingerprint (`str`, *optional*): What embedded them (`prompts.encoder_fingerprint`).
 
     Raises:
         ValueError: `kind` is unknown, or a tensor does not have its shape.

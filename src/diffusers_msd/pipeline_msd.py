@@ -22,6 +22,7 @@ from .prompts import check_prompts, embed_prompts, pool_embeddings
 from .routing import ConditionRouter
 from .schedule import NoiseSchedule
 from .student_slots import SLOTS, Student, StudentSlots, with_student_slots
+from .teachers import decode_latents
 
 
 logger = logging.get_logger(__name__)
@@ -336,9 +337,7 @@ class MultiStudentPipeline(StudentSlots):
         """Samples to images, about [-1, 1]; the identity without a VAE."""
         if self.vae is None:
             return latents
-        config = self.vae.config
-        latents = latents / config.scaling_factor + (config.shift_factor or 0.0)
-        return self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
+        return decode_latents(self.vae, latents)
 
     def run_safety_checker(self, images: torch.Tensor) -> tuple[torch.Tensor, list[bool] | None]:
         """Images [B, C, H, W] in about [-1, 1], those that the checker objects to zeroed, and which ones they are."""

@@ -184,9 +184,8 @@ class StudentTurn(Turn):
         if self.regression:
             pairs = batch["pairs"]
             # One forward for both terms: the network is called once per backward, as DDP wants it.
-            x, x_pairs = self.student.generate(torch.cat([z, pairs["noise"]]), torch.cat([cond, pairs["cond"]])).chunk(
-                2
-            )
+            both = torch.cat([z, pairs["noise"]]), torch.cat([cond, pairs["cond"]])
+            x, x_pairs = self.student.generate(*both).chunk(2)
         else:
             x = self.student.generate(z, cond)
         losses = {"dm": self.dm(x, cond, draw)}

@@ -84,10 +84,10 @@ def load_scheduler(path: str | Path, argument: str) -> SchedulerMixin:
     return load_model(getattr(diffusers, name), path, argument, subfolder="scheduler")
 
 
-def load_text_parts(
+def load_text_encoder(
     path: str | Path, argument: str = "pretrained_teacher_model", dtype: torch.dtype | None = None
-) -> TextParts:
-    """Loads tokenizer, text encoder and VAE of a Stable Diffusion teacher.
+) -> tuple[CLIPTokenizer, CLIPTextModel]:
+    """Loads tokenizer and text encoder of a Stable Diffusion teacher.
 
     Args:
         path: a folder or Hub id.
@@ -111,11 +111,24 @@ def load_text_parts(
     # transformers makes up an empty vocabulary where it finds no files.
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise FileNotFoundError(f"{argument}: {path} has no tokenizer/ with a vocabulary")
-    return TextParts(tokenizer, text_encoder.requires_grad_(False).eval(), load_vae(path, argument, dtype))
+    return tokenizer, text_encoder.requires_grad_(False).eval()
+
+
+def load_text_parts(
+    path: str | Path, argument: str = "pretrained_teacher_model", dtype: torch.dtype | None = None
+) -> TextParts:
+    """Loads tokenizer, text encoder and VAE; arguments and errors as `load_text_encoder`."""
+    return TextParts(*load_text_encoder(path, argument, dtype), load_vae(path, argument, dtype))
 
 
 def load_vae(
     path: str | Path, argument: str = "pretrained_teacher_model", dtype: torch.dtype | None = None
 ) -> AutoencoderKL:
-    """Loads the VAE of a Stable Diffusion teacher; arguments and errors as `load_text_parts`."""
+    """Loads the VAE of a Stable Diffusion teacher; arguments and errors as `load_text_encoder`."""
     return load_model(AutoencoderKL, path, argument, subfolder="vae", dtype=dtype).requires_grad_(False).eval()
+
+
+def decode_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
+    """Latents as a teacher sees them [B, C, h, w] to images, about [-1, 1], float32 [B, 3, H, W]."""
+    latents = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+    return vae.decode(latents.to(vae.dtype), return_dict=False)[0].float()
