@@ -308,14 +308,7 @@ def evaluate_images(
     _check_images(generated, labels, "generated", "labels")
     _check_images(real_images, real_labels, "real_images", "real_labels")
     labels, real_labels = labels.cpu(), real_labels.cpu()
-    selections = {None: (torch.ones_like(labels, dtype=torch.bool), torch.ones_like(real_labels, dtype=torch.bool))}
-    for part, classes in (parts or {}).items():
-        selections[part] = tuple(torch.isin(have, classes.cpu()) for have in (labels, real_labels))
-    for part, masks in selections.items():
-        for name, mask in zip(("generated", "real_images"), masks):
-            if mask.sum() < 4:
-                where = "" if part is None else f" of the classes in `parts[{part}]`"
-                raise ValueError(f"`{name}` must hold >= 4 images{where}, got {int(mask.sum())}.")
+    masks = part_masks(labels, real_labels, parts)
     num_classes = extract_features(feature_net, generated[:1])[1].shape[1]
     for name, have in (("labels", labels), ("real_labels", real_labels)):
         if have.min() < 0 or have.max() >= num_classes:
@@ -323,16 +316,58 @@ def evaluate_images(
 
     features, logits = extract_features(feature_net, generated)
     real_features, _ = extract_features(feature_net, real_images)
-    correct = logits.argmax(dim=1) == labels
+    return evaluate_features(features, logits.argmax(dim=1) == labels, real_features, masks)
+
+
+def part_masks(
+    labels: torch.Tensor, real_labels: torch.Tensor, parts: Optional[dict[int, torch.Tensor]] = None
+) -> dict[Optional[int], tuple[torch.Tensor, torch.Tensor]]:
+    """Which generated and which real images belong to each part, and under None all of them.
+
+    Args:
+        labels, real_labels: `[N]` and `[M]` integer, on the CPU.
+        parts: classes of each part, `{k: LongTensor}`.
+
+    Returns:
+        Part to boolean `[N]` and `[M]`.
+
+    Raises:
+        ValueError: less than 4 images of either kind, in all or in a part.
+    """
+    masks = {None: (torch.ones_like(labels, dtype=torch.bool), torch.ones_like(real_labels, dtype=torch.bool))}
+    for part, classes in (parts or {}).items():
+        masks[part] = tuple(torch.isin(have, classes.cpu()) for have in (labels, real_labels))
+    for part, both in masks.items():
+        for name, mask in zip(("generated", "real_images"), both):
+            if mask.sum() < 4:
+                where = "" if part is None else f" of the classes in `parts[{part}]`"
+                raise ValueError(f"`{name}` must hold >= 4 images{where}, got {int(mask.sum())}.")
+    return masks
+
+
+def evaluate_features(
+    generated: torch.Tensor,
+    correct: Optional[torch.Tensor],
+    real: torch.Tensor,
+    masks: dict[Optional[int], tuple[torch.Tensor, torch.Tensor]],
+) -> dict:
+    """What `evaluate_images` gives, from features that are there already.
+
+    Args:
+        generated: features `[N, D]`.
+        correct: boolean `[N]`, classified as asked; None leaves `class_accuracy` out.
+        real: features `[M, D]`.
+        masks: of `part_masks`.
+    """
     results = {
-        part: _metrics(real_features[in_real], features[in_generated], correct[in_generated])
-        for part, (in_generated, in_real) in selections.items()
+        part: _metrics(real[in_real], generated[mine], None if correct is None else correct[mine])
+        for part, (mine, in_real) in masks.items()
     }
     overall = results.pop(None)
-    return {**overall, "parts": results} if parts else overall
+    return {**overall, "parts": results} if results else overall
 
 
-def _metrics(real: torch.Tensor, generated: torch.Tensor, correct: torch.Tensor) -> dict:
+def _metrics(real: torch.Tensor, generated: torch.Tensor, correct: Optional[torch.Tensor]) -> dict:
     kid, kid_std = kernel_distance(real, generated)
     precision, recall = precision_recall(real, generated)
     return {
@@ -341,7 +376,7 @@ def _metrics(real: torch.Tensor, generated: torch.Tensor, correct: torch.Tensor)
         "kid_std": kid_std,
         "precision": precision,
         "recall": recall,
-        "class_accuracy": correct.double().mean().item(),
+        **({} if correct is None else {"class_accuracy": correct.double().mean().item()}),
         "num_generated": len(generated),
         "num_real": len(real),
     }
