@@ -147,8 +147,8 @@ def load_images(config: DataConfig, channels: int, resolution: int | None = None
     they are, with a frame of 2 background pixels for 32, or as the 2x2 means of those 32x32 images for 16.
 
     Args:
-        config: what to read; with `config.resize` every image is resized (its shorter side, Lanczos), center-cropped
-            and converted.
+        config: what to read; with `config.resize` every image is resized (its shorter side, see `fit_image`),
+            center-cropped and converted.
         channels: 1, 3 or 4 (modes L, RGB, RGBA).
         resolution: side in pixels, as the model needs it; default: `config.resolution`, else the data's own.
 
