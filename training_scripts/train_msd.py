@@ -387,6 +387,9 @@ def dry_run(
     )
     for i, name in enumerate(config.stages):
         settings, run = for_stage(stage, i, len(config.stages)), for_stage(training, i, len(config.stages))
+        # A perceptual distance brings a network with weights, which a dry run does without.
+        uncounted = settings.regression_distance if settings.regression_distance in PERCEPTUAL else None
+        settings = settings if uncounted is None else replace(settings, regression_distance="l2")
         nets = (
             denoiser(adapter.student_type, student.student_channels, student.student_blocks),
             frozen,
@@ -394,6 +397,8 @@ def dry_run(
         )
         estimate = estimate_memory(build_stage(name, *nets, cond, settings), run, cond)
         print(f"\n--- {name} ---\n{format_estimate(estimate, run.max_train_steps[0], config.dry_run_tflops)}")
+        if name == "dm" and uncounted is not None and settings.regression_weight > 0:
+            print(f"not counted: the network of the {uncounted} distance (and of latents, the VAE before it)")
     if cond.ndim > 1:
         disk = cache_bytes(sample_shape(teacher), cond, 1_000_000)
         print("\ncache of a million captions: " + ", ".join(f"{k} {v / 1e9:.0f} GB" for k, v in disk.items()))
