@@ -18,7 +18,7 @@ import torch
 from diffusers_msd import MultiStudentPipeline
 from diffusers_msd.config import parse_config, run_script
 from diffusers_msd.data import DataConfig, load_images
-from diffusers_msd.denoiser import denoiser_for, sample_shape
+from diffusers_msd.denoiser import denoiser_for, num_classes, sample_shape
 from diffusers_msd.evaluation import generate, markdown_table, named_folders
 from diffusers_msd.files import atomic_write, check_writable, load_model, write_json
 from diffusers_msd.metrics import FeatureNet, describe_feature_net, evaluate_images
@@ -95,16 +95,16 @@ def open_model(path: str, config: EvaluationConfig):
 def evaluate(name: str, path: str, config: EvaluationConfig, feature_net, real: dict, samples: dict) -> dict:
     """One model's row; a row of samples per class is added to `samples`."""
     model = open_model(path, config)
-    num_classes = model.model.config.num_class_embeds
-    if config.num_images % num_classes or config.num_images < 4 * num_classes:
+    classes = num_classes(model.model)
+    if config.num_images % classes or config.num_images < 4 * classes:
         raise ValueError(
-            f"num_images: a multiple of the {num_classes} classes and at least {4 * num_classes} expected, "
+            f"num_images: a multiple of the {classes} classes and at least {4 * classes} expected, "
             f"got {config.num_images}"
         )
-    labels = torch.arange(config.num_images) % num_classes
+    labels = torch.arange(config.num_images) % classes
     z = pair_noise(pair_seeds(config.seed, range(config.num_images)), sample_shape(model.model))
     images, speed = generate(model.sample, z, labels, config.sample_batch_size, config.device)
-    samples[name] = images[: num_classes * 4].reshape(4, num_classes, *images.shape[1:]).transpose(0, 1)
+    samples[name] = images[: classes * 4].reshape(4, classes, *images.shape[1:]).transpose(0, 1)
     row = evaluate_images(feature_net, images, labels, real["images"], real["cond"], model.parts())
     parameters = model.parameters()
     return {
