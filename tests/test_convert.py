@@ -4,6 +4,7 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import edm_reference
@@ -212,6 +213,7 @@ REFUSED = {
     "no layers": (lambda: changed(lambda n: n.model.dec.clear()), "no UNet2DModel has the layers"),
     "a layer too much": (lambda: changed(lambda n: setattr(n.model, "more", block(n).conv0)), "there twice"),
     "another layer": (lambda: changed(lambda n: setattr(n.model, "more", edm_reference.Linear(3, 3))), "no place for"),
+    "a layer of another class": (lambda: changed(other_class), "map_noise is a 'FourierEmbedding'"),
     "itself": (lambda: changed(contain_itself), "inside of itself"),
     "sigma_data": (lambda: EDMPrecond(sigma_data=-1.0), "sigma_data is -1.0"),
     "odd width": (lambda: EDMPrecond(channels=144, attention=(4,)), "channels"),
@@ -243,6 +245,10 @@ def rename_model(name: str) -> EDMPrecond:
 
 def resample_filter(net: EDMPrecond):
     net.model.enc["4x4_down"].conv0.resample_filter = torch.ones(1, 1, 4, 4) / 16
+
+
+def other_class(net: EDMPrecond):
+    net.model.map_noise.__class__ = type("FourierEmbedding", (edm_reference.PositionalEmbedding,), {})
 
 
 def contain_itself(net: EDMPrecond):
@@ -279,6 +285,9 @@ def test_a_small_file_cannot_show_its_numbers_in_many_layers(tmp_path):
         (lambda s: s.update({"time_embed.0.weight": torch.zeros(3)}), "time_embedding.linear_1"),
         (lambda s: s.update({"label_emb.weight": torch.zeros(3)}), "1 dimensions"),
         (lambda s: s.clear(), "neither"),
+        (lambda s: [s.pop(n) for n in list(s) if n.startswith("output_blocks")], "its decoder has 0 blocks"),
+        (lambda s: [s.pop(n) for n in list(s) if "output_blocks.0.1" in n], "attentions.0"),
+        (lambda s: s.update({"input_blocks.1.0.in_layers.2.weight": torch.zeros(0, 64, 3, 3)}), "levels of"),
     ],
 )
 def test_other_state_dicts_are_refused(tmp_path, change, text):
@@ -337,6 +346,8 @@ def test_the_full_size_network_is_the_same_function(tmp_path):
     record = convert_edm(write(tmp_path / "net.pkl", net), tmp_path / "teacher")
     assert record["network"].startswith("UNet2DModel of 295.9 M parameters for 64x64; 1000 classes")
     model, scheduler = load_teacher(tmp_path / "teacher")
+    # Gigabytes; what is loaded stays.
+    shutil.rmtree(tmp_path)
     x, labels = torch.randn(1, 3, 64, 64), torch.tensor([207])
     with torch.no_grad():
         theirs = net.model(x, torch.tensor([0.4]), one_hot(labels, 1000))
@@ -344,7 +355,6 @@ def test_the_full_size_network_is_the_same_function(tmp_path):
         schedule = NoiseSchedule.from_scheduler(scheduler)
         denoised = denoiser_for(model, schedule)(5 * x, schedule.from_ratio(5.0), labels)
         expected = net(5 * x, torch.tensor([5.0]), one_hot(labels, 1000))
-    print(float(theirs.abs().max()), float((ours - theirs).abs().max()), float((denoised - expected).abs().max()))
     assert theirs.abs().max() > 0.5
     assert (ours - theirs).abs().max() < 1e-5 and (denoised - expected).abs().max() < 1e-5
 
@@ -354,8 +364,8 @@ def test_the_full_size_network_of_openai_is_the_same_function(tmp_path):
     torch.manual_seed(0)
     net = OpenAINet(3, 1000, 192, (1, 2, 3, 4), 3, (False, True, True, True))
     model = converted(write(tmp_path / "net.pt", net))
+    (tmp_path / "net.pt").unlink()
     x, labels, time = torch.randn(1, 3, 64, 64), torch.tensor([207]), torch.tensor([250 * 5.0])
     with torch.no_grad():
         theirs, ours = net(x, time, labels), model(x, time, class_labels=labels).sample
-    print(float(theirs.abs().max()), float((ours - theirs).abs().max()))
     assert theirs.abs().max() > 0.5 and (ours - theirs).abs().max() < 1e-5

@@ -7,125 +7,29 @@ Both hold the network of arXiv 2105.05233 under the preconditioning of arXiv 220
 """
 
 import hashlib
-from collections import Counter
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline, EDMEulerScheduler, UNet2DModel
 
 from .denoiser import NULL_CLASS, num_classes
+from .edm_layouts import NVIDIA, OPENAI, Tensors, rename
 from .files import atomic_directory
 from .schedule import IDENTITY_SIGMA
 from .teachers import save_teacher
 from .untrusted import SavedModule, SavedTensor, read_checkpoint
 
 
-Tensors = dict[str, torch.Tensor]
 SCHEDULERS = {"EDMEulerScheduler": EDMEulerScheduler, "CMStochasticIterativeScheduler": CMStochasticIterativeScheduler}
-# Of layers of NVIDIA's, what UNet2DModel has one fixed value for.
-FIXED = {
+# The classes of NVIDIA's layers, with the settings for which UNet2DModel has one fixed value.
+FIXED: dict[str, dict] = {
+    **dict.fromkeys(("DhariwalUNet", "ModuleDict", "Conv2d", "Linear"), {}),
     "GroupNorm": {"num_groups": 32, "eps": 1e-5},
     "UNetBlock": {"skip_scale": 1, "adaptive_scale": True},
     "PositionalEmbedding": {"max_positions": 10000, "endpoint": False},
 }
 # OpenAI's file does not say how wide its heads are; all networks of this name have heads of 64.
 OPENAI_HEAD_DIM = 64
-
-
-class Layout(NamedTuple):
-    """How a code base names the layers of the network. Keys are the names of `UNet2DModel`.
-
-    Args:
-        ends: layers outside of blocks.
-        resnet, attention: layers inside of a residual block, and inside of the attention behind it.
-        blocks: (levels, blocks per level, side of the images) -> (our residual block, theirs, their attention or None).
-        split_qkv: rows of the joint layer -> rows of queries, keys and values.
-    """
-
-    ends: dict[str, str]
-    resnet: dict[str, str]
-    attention: dict[str, str]
-    blocks: Callable[[int, int, int], Iterator[tuple[str, str, str | None]]]
-    split_qkv: Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
-
-
-def _nvidia_blocks(levels: int, blocks: int, side: int) -> Iterator[tuple[str, str, str | None]]:
-    names = [f"{side >> i}x{side >> i}" for i in range(levels)]
-    pairs = []
-    for i, name in enumerate(names):
-        pairs += [(f"down_blocks.{i}.resnets.{j}", f"enc.{name}_block{j}") for j in range(blocks)]
-        pairs += [(f"down_blocks.{i}.downsamplers.0", f"enc.{below}_down") for below in names[i + 1 : i + 2]]
-    pairs += [(f"mid_block.resnets.{j}", f"dec.{names[-1]}_in{j}") for j in range(2)]
-    names.reverse()
-    for i, name in enumerate(names):
-        pairs += [(f"up_blocks.{i}.resnets.{j}", f"dec.{name}_block{j}") for j in range(blocks + 1)]
-        pairs += [(f"up_blocks.{i}.upsamplers.0", f"dec.{above}_up") for above in names[i + 1 : i + 2]]
-    # Attention is a part of the block that it follows.
-    return ((ours, theirs, theirs) for ours, theirs in pairs)
-
-
-def _openai_blocks(levels: int, blocks: int, side: int) -> Iterator[tuple[str, str, str | None]]:
-    for i in range(levels):
-        start = 1 + i * (blocks + 1)
-        for j in range(blocks):
-            yield f"down_blocks.{i}.resnets.{j}", f"input_blocks.{start + j}.0", f"input_blocks.{start + j}.1"
-        if i + 1 < levels:
-            yield f"down_blocks.{i}.downsamplers.0", f"input_blocks.{start + blocks}.0", None
-    yield "mid_block.resnets.0", "middle_block.0", "middle_block.1"
-    yield "mid_block.resnets.1", "middle_block.2", None
-    for i in range(levels):
-        start = i * (blocks + 1)
-        for j in range(blocks + 1):
-            yield f"up_blocks.{i}.resnets.{j}", f"output_blocks.{start + j}.0", f"output_blocks.{start + j}.1"
-        if i + 1 < levels:
-            # Behind the attention, where there is one; the name that is not there is not found.
-            yield f"up_blocks.{i}.upsamplers.0", f"output_blocks.{start + blocks}.1", None
-            yield f"up_blocks.{i}.upsamplers.0", f"output_blocks.{start + blocks}.2", None
-
-
-NVIDIA = Layout(
-    ends={
-        "time_embedding.linear_1": "map_layer0",
-        "time_embedding.linear_2": "map_layer1",
-        "conv_norm_out": "out_norm",
-        "conv_out": "out_conv",
-    },
-    resnet={
-        "norm1": "norm0",
-        "conv1": "conv0",
-        "time_emb_proj": "affine",
-        "norm2": "norm1",
-        "conv2": "conv1",
-        "conv_shortcut": "skip",
-    },
-    attention={"group_norm": "norm2", "to_qkv": "qkv", "to_out.0": "proj"},
-    blocks=_nvidia_blocks,
-    # (head, channel, q k v)
-    split_qkv=lambda rows: rows.unflatten(0, (-1, 3)).unbind(1),
-)
-OPENAI = Layout(
-    ends={
-        "time_embedding.linear_1": "time_embed.0",
-        "time_embedding.linear_2": "time_embed.2",
-        "conv_in": "input_blocks.0.0",
-        "conv_norm_out": "out.0",
-        "conv_out": "out.2",
-    },
-    resnet={
-        "norm1": "in_layers.0",
-        "conv1": "in_layers.2",
-        "time_emb_proj": "emb_layers.1",
-        "norm2": "out_layers.0",
-        "conv2": "out_layers.3",
-        "conv_shortcut": "skip_connection",
-    },
-    attention={"group_norm": "norm", "to_qkv": "qkv", "to_out.0": "proj_out"},
-    blocks=_openai_blocks,
-    # (q k v, head, channel)
-    split_qkv=lambda rows: rows.chunk(3),
-)
 
 
 def convert_edm(path: str | Path, output_dir: str | Path, sample_size: int = 64) -> dict:
@@ -241,7 +145,7 @@ def _read_nvidia(precond: SavedModule) -> tuple[Tensors, dict]:
     blocks = sum(name.startswith(f"{side}x{side}_block") for name in encoder)
     layout = NVIDIA._replace(ends={**NVIDIA.ends, "conv_in": f"enc.{side}x{side}_conv"})
     classes = tensors.pop("map_label.weight", None)
-    ours = _rename(tensors, layout, levels, blocks, side)
+    ours = rename(tensors, layout, levels, blocks, side)
     unet = _unet_config(ours, levels, blocks, side, _head_dim(modules))
     _add_classes(ours, unet, None if classes is None else classes.T)
     sigma_data = precond.state.get("sigma_data")
@@ -285,7 +189,9 @@ def _nvidia_tensors(modules: dict[str, SavedModule]) -> Tensors:
     """Parameters of all layers, once their settings are those of a `UNet2DModel`."""
     tensors = {}
     for name, module in modules.items():
-        for setting, needed in FIXED.get(module.class_name, {}).items():
+        if module.class_name not in FIXED:
+            raise ValueError(f"checkpoint: {name} is a {_class_name(module)!r}, no layer of a DhariwalUNet")
+        for setting, needed in FIXED[module.class_name].items():
             got = _plain(module.state.get(setting))
             if got != needed:
                 why = " (EDM gives layers of less than 128 channels fewer groups)" * (setting == "num_groups")
@@ -332,9 +238,11 @@ def _read_openai(saved: dict, sample_size: int) -> tuple[Tensors, dict]:
     # The last block of each level but the first one ends with a residual block that doubles the size.
     ends = [n for n in range(outputs) for m in (1, 2) if f"output_blocks.{n}.{m}.in_layers.0.weight" in tensors]
     blocks = ends[0] if ends else outputs - 1
+    if blocks < 1:
+        raise ValueError(f"checkpoint: its decoder has {outputs} blocks, 2 or more are needed")
     levels = outputs // (blocks + 1)
     classes = tensors.pop("label_emb.weight", None)
-    ours = _rename(tensors, OPENAI, levels, blocks, sample_size)
+    ours = rename(tensors, OPENAI, levels, blocks, sample_size)
     unet = _unet_config(ours, levels, blocks, sample_size, OPENAI_HEAD_DIM)
     _add_classes(ours, unet, classes)
     scheduler = {"_class_name": "CMStochasticIterativeScheduler", IDENTITY_SIGMA: 0.0}
@@ -342,51 +250,6 @@ def _read_openai(saved: dict, sample_size: int) -> tuple[Tensors, dict]:
 
 
 # Both
-
-
-def _rename(tensors: Tensors, layout: Layout, levels: int, blocks: int, side: int) -> Tensors:
-    """Copies in float32 under our names; refuses what is left over. What is missing is found later."""
-    _check_not_repeated(tensors)
-    layers = dict(layout.ends.items())
-    for ours, theirs, attention in layout.blocks(levels, blocks, side):
-        layers.update({f"{ours}.{a}": f"{theirs}.{b}" for a, b in layout.resnet.items() if _has(tensors, theirs, b)})
-        if attention is not None and ".resnets." in ours:
-            ours = ours.replace(".resnets.", ".attentions.")
-            layers.update({f"{ours}.{a}": f"{attention}.{b}" for a, b in layout.attention.items()})
-    renamed = {}
-    for ours, theirs in layers.items():
-        for kind in ("weight", "bias"):
-            if f"{theirs}.{kind}" in tensors:
-                renamed.update(_parts(f"{ours}.{kind}", tensors.pop(f"{theirs}.{kind}").float(), layout))
-    if tensors:
-        raise ValueError(f"checkpoint: UNet2DModel has no place for {[name[:80] for name in list(tensors)[:3]]}")
-    return renamed
-
-
-def _has(tensors: Tensors, block: str, layer: str) -> bool:
-    return f"{block}.{layer}.weight" in tensors
-
-
-def _parts(name: str, tensor: torch.Tensor, layout: Layout) -> Tensors:
-    """A tensor under our name, or its three parts: q, k and v are one layer in both layouts. Always a copy."""
-    if ".attentions." in name and tensor.ndim == 4:
-        tensor = tensor.flatten(1)  # A convolution of 1 x 1 is a linear layer in diffusers.
-    if ".to_qkv." not in name:
-        return {name: tensor.clone(memory_format=torch.contiguous_format)}
-    if len(tensor) % 3:
-        raise ValueError(f"checkpoint: {name} has {len(tensor)} rows, q, k and v need a multiple of 3")
-    parts = zip("qkv", layout.split_qkv(tensor), strict=True)
-    return {name.replace("to_qkv", f"to_{x}"): part.clone(memory_format=torch.contiguous_format) for x, part in parts}
-
-
-def _check_not_repeated(tensors: Tensors):
-    # A small file could show the same numbers in a thousand layers, each of which will be copied.
-    shown: Counter = Counter()
-    for name, tensor in tensors.items():
-        storage = tensor.untyped_storage()
-        shown[storage.data_ptr()] += tensor.nbytes
-        if shown[storage.data_ptr()] > storage.nbytes():
-            raise ValueError(f"checkpoint: {name[:80]} shows numbers of another layer; no EDM network shares them")
 
 
 def _add_classes(tensors: Tensors, unet: dict, rows: torch.Tensor | None):
@@ -409,7 +272,7 @@ def _unet_config(tensors: Tensors, levels: int, blocks: int, side: int, head_dim
         return found
 
     channels = [shape(f"down_blocks.{i}.resnets.0.conv1", 4)[0] for i in range(levels)]
-    if any(c % 32 or c % head_dim for c in channels):
+    if any(c < 1 or c % 32 or c % head_dim for c in channels):
         raise ValueError(
             f"checkpoint: levels of {channels} channels; UNet2DModel needs multiples of 32 and of its heads' {head_dim}"
         )
