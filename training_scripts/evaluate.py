@@ -138,12 +138,12 @@ def quality(features, correct, reference: ImageDataset | FeatureStatistics, real
 
 
 def open_model(path: str, config: EvaluationConfig, device: torch.device) -> Teacher | Students:
-    """A folder with unet/ and scheduler/ is a teacher, everything else is loaded as a pipeline.
+    """A folder without router/ is a teacher, everything else is loaded as a pipeline.
 
     Raises:
         ValueError: its classes do not divide the number of images, or are too many.
     """
-    is_teacher = (Path(path) / "unet").is_dir()
+    is_teacher = (Path(path) / "unet").is_dir() and not (Path(path) / "router").is_dir()
     model = Teacher(path, config.num_inference_steps, device) if is_teacher else Students(path, device)
     if config.num_images % model.num_classes or config.num_images < 4 * model.num_classes:
         raise ValueError(

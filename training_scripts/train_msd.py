@@ -108,7 +108,7 @@ def check_config(
         )
     if stage_config.guidance_scale not in (None, 1) and conditions.null is None:
         raise ValueError(
-            f"guidance_scale: class-conditional teachers have no null condition, leave it out; "
+            f"guidance_scale: this teacher has no null condition (a class that stands for none), leave it out; "
             f"got {stage_config.guidance_scale}"
         )
     try:

@@ -8,6 +8,8 @@ from typing import Optional
 import torch
 from diffusers import ModelMixin, UNet2DConditionModel, UNet2DModel
 
+from .denoiser import NULL_CLASS
+
 
 # What a student must share with its teacher: it takes the same noise and conditions and gives the same images.
 _SHARED_FIELDS = (
@@ -70,8 +72,9 @@ def create_student(teacher, channels=None, blocks=None, seed=0):
     if blocks is not None:
         size["layers_per_block"] = _check_blocks(blocks, _public_config(teacher))
 
-    # Without the private entries, which name the teacher's path and let diffusers put defaults back over `size`.
-    config = {name: value for name, value in teacher.config.items() if not name.startswith("_")}
+    # Without the private entries, which name the teacher's path and let diffusers put defaults back over `size`; but
+    # the student takes the same labels.
+    config = {n: value for n, value in teacher.config.items() if not n.startswith("_") or n == NULL_CLASS}
     with torch.random.fork_rng(devices=[]):
         # Not torch.manual_seed, which would also seed the accelerators' generators, and those are not forked.
         torch.random.default_generator.manual_seed(seed)
