@@ -210,7 +210,8 @@ def main():
             labels = torch.arange(config.num_images) % model.num_classes
             masks = part_masks(labels, reference.labels, model.parts)
         made.append((model_features(model, name, config, feature_net, net_name, state), masks))
-        samples[name] = shown_images(model, config, state.device)
+        if state.is_main_process:
+            samples[name] = shown_images(model, config, state.device)
         rows.append(
             {
                 "model": name,
