@@ -7,7 +7,7 @@ and every axis of every weight is given a name: an `Axis`, the same object where
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from diffusers import Transformer2DModel
@@ -32,13 +32,13 @@ class Axis:
     Args:
         teacher: how many groups, and channels of each.
         student: the same; fewer groups are the best ones.
-        score: importance of each of the teacher's channels: the squares of all weights that touch it, summed (the
-            group norm of DepGraph, arXiv 2301.12900). Axes that are tied share the tensor.
+        weights: for each of the teacher's channels the squares of the weights that write it, summed, and of those that
+            read it [2, channels]. Axes that are tied share the tensor.
     """
 
     teacher: tuple[int, int]
     student: tuple[int, int]
-    score: torch.Tensor = field(default=None)
+    weights: torch.Tensor | None = None
 
     def __post_init__(self):
         if any(kept > channels for kept, channels in zip(self.student, self.teacher)):
@@ -46,8 +46,8 @@ class Axis:
                 f"channels: {self.student[0] * self.student[1]} where the teacher has {self.width}; "
                 "a student that inherits weights is not wider anywhere"
             )
-        if self.score is None:
-            self.score = torch.zeros(self.width)
+        if self.weights is None:
+            self.weights = torch.zeros(2, self.width)
 
     @property
     def width(self) -> int:
@@ -55,7 +55,8 @@ class Axis:
 
     def kept(self) -> torch.Tensor:
         """The teacher's channels that the student has, in their order."""
-        scores = self.score.reshape(self.teacher)
+        # What is not written or not read has no effect, however large the other weights are.
+        scores = self.weights.prod(dim=0).reshape(self.teacher)
         groups = _best(scores.sum(1), self.student[0])
         inside = torch.stack([_best(scores[group], self.student[1]) for group in groups])
         return (groups[:, None] * self.teacher[1] + inside).flatten()
@@ -94,9 +95,9 @@ class Layer:
 def inherit_weights(student, teacher):
     """Fills a smaller student with the teacher's weights.
 
-    Narrower: of each level the channels with the largest weights around them, in the encoder, the decoder and the skip
-    connections between them alike; channels inside a block, attention heads and the time embedding's width by the same
-    rule, each for itself. Shallower (as BK-SDM, arXiv 2305.15798): encoder levels keep their first residual blocks,
+    Narrower: of each level the most important channels, the same in the encoder, the decoder and the skip connections
+    between them; channels inside a block, attention heads and the time embedding's width by the same rule, each for
+    itself. Importance is the squared norm of the weights that write a channel times that of those that read it. Shallower (as BK-SDM, arXiv 2305.15798): encoder levels keep their first residual blocks,
     with the attention behind them; decoder levels keep the first, which takes the channels of the level below, and the
     last ones, which take the skip connections that are left.
 
@@ -118,7 +119,8 @@ def inherit_weights(student, teacher):
     for layer in layers:
         for _, tensor, axes in layer.tensors():
             for dim, parts in enumerate(axes):
-                _add_scores(tensor.transpose(0, dim).reshape(tensor.shape[dim], -1).square().sum(1), parts)
+                # Rows are written; columns are read, but for an embedding's.
+                _count(tensor, parts, dim, 0 if isinstance(layer.student, nn.Embedding) else dim)
     filled = set()
     for layer in layers:
         for parameter, tensor, axes in layer.tensors():
@@ -131,10 +133,12 @@ def inherit_weights(student, teacher):
         raise ValueError(f"init: {', '.join(missing)} of this teacher cannot be inherited; use init='random'")
 
 
-def _add_scores(scores: torch.Tensor, parts: tuple[Axis, ...]):
-    if parts:
-        for axis, part in zip(parts, scores.split([axis.width for axis in parts]), strict=True):
-            axis.score += part
+def _count(tensor: torch.Tensor, parts: tuple[Axis, ...], dim: int, kind: int):
+    squares = tensor.transpose(0, dim).reshape(tensor.shape[dim], -1).square().sum(1)
+    start = 0
+    for axis in parts:
+        axis.weights[kind] += squares[start : start + axis.width]
+        start += axis.width
 
 
 def _cut(tensor: torch.Tensor, parts: tuple[Axis, ...], dim: int) -> torch.Tensor:
@@ -153,6 +157,11 @@ def _walk(student: nn.Module, teacher: nn.Module) -> Iterator[Layer]:
     flow, skips = levels[0], [levels[0]]
     for level, small, large in zip(levels, student.down_blocks, teacher.down_blocks, strict=True):
         count = len(small.resnets)
+        if count > len(large.resnets):
+            raise ValueError(
+                f"blocks: {count} where the teacher has {len(large.resnets)}; "
+                "a student that inherits weights is not deeper anywhere"
+            )
         inputs = [(flow,)] + [(level,)] * (count - 1)
         yield from _block(small, large, range(count), inputs, level, emb)
         flow = level
@@ -175,8 +184,8 @@ def _levels(student: nn.Module, teacher: nn.Module) -> list[Axis]:
     groups, levels = teacher.config.norm_num_groups, []
     for narrow, wide in zip(student.config.block_out_channels, teacher.config.block_out_channels, strict=True):
         # Between equally wide levels nothing is projected, so they have the same channels.
-        score = levels[-1].score if levels and levels[-1].width == wide else None
-        levels.append(Axis((groups, wide // groups), (groups, narrow // groups), score))
+        weights = levels[-1].weights if levels and levels[-1].width == wide else None
+        levels.append(Axis((groups, wide // groups), (groups, narrow // groups), weights))
     return levels
 
 
