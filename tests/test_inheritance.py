@@ -257,7 +257,7 @@ def test_inheriting_leaves_the_teacher_and_the_global_generator_alone():
         (lambda: pixel_unet(time_embedding_type="fourier"), {"channels": [8, 16]}, "init: time_proj.weight"),
         (
             lambda: pixel_unet((32, 64), down_block_types=("SkipDownBlock2D", "DownBlock2D"), norm_num_groups=32),
-            {"channels": [8, 16]},
+            {"channels": [32, 32]},
             "init: SkipDownBlock2D",
         ),
         (
