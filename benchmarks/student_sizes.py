@@ -19,6 +19,7 @@ from statistics import median
 
 import torch
 from diffusers import ModelMixin, UNet2DConditionModel
+from diffusers.utils import logging
 from full_size_step import PROMPT_SHAPE, SD15
 from pipeline import DTYPES, NETS, set_up_device, table, take_turns
 from torch.utils.flop_counter import FlopCounterMode
@@ -128,6 +129,8 @@ def main():
     if config.output is not None:
         check_writable(Path(config.output).parent, "output")
     wait = set_up_device(config.device, config.threads)
+    # Of the advice that every cast prints.
+    logging.set_verbosity_error()
     torch.manual_seed(0)
     teacher = TEACHERS[config.teacher]() if config.teacher in TEACHERS else load_teacher(config.teacher)[0]
     models = {"teacher": teacher}

@@ -97,9 +97,11 @@ def inherit_weights(student, teacher):
 
     Narrower: of each level the most important channels, the same in the encoder, the decoder and the skip connections
     between them; channels inside a block, attention heads and the time embedding's width by the same rule, each for
-    itself. Importance is the squared norm of the weights that write a channel times that of those that read it. Shallower (as BK-SDM, arXiv 2305.15798): encoder levels keep their first residual blocks,
-    with the attention behind them; decoder levels keep the first, which takes the channels of the level below, and the
-    last ones, which take the skip connections that are left.
+    itself. Importance is the squared norm of the weights that write a channel times that of those that read it.
+
+    Shallower (as BK-SDM, arXiv 2305.15798): encoder levels keep their first residual blocks, with the attention behind
+    them; decoder levels keep the first, which takes the channels of the level below, and the last ones, which take the
+    skip connections that are left.
 
     One thing is lost: where two neighbouring levels are equally wide in the student but not in the teacher, diffusers
     has no projection on the way around a residual block, so the teacher's is dropped.
@@ -225,7 +227,9 @@ def _merge_frequencies(student: nn.Linear, teacher: nn.Linear, shift: int) -> nn
     return merged
 
 
-def _block(small: nn.Module, large: nn.Module, kept: Iterable[int], inputs: list, out: Axis, emb: Axis):
+def _block(
+    small: nn.Module, large: nn.Module, kept: Iterable[int], inputs: list, out: Axis, emb: Axis
+) -> Iterator[Layer]:
     """A block of the encoder, the decoder or the middle, which has the teacher's residual blocks `kept`.
 
     Args:
@@ -247,7 +251,9 @@ def _block(small: nn.Module, large: nn.Module, kept: Iterable[int], inputs: list
                 yield Layer(sampler.conv, original.conv, (out,), (out,))
 
 
-def _resnet(small: ResnetBlock2D, large: ResnetBlock2D, inputs: tuple[Axis, ...], out: Axis, emb: Axis):
+def _resnet(
+    small: ResnetBlock2D, large: ResnetBlock2D, inputs: tuple[Axis, ...], out: Axis, emb: Axis
+) -> Iterator[Layer]:
     hidden = _axis(small.conv1, large.conv1, large.norm2.num_groups)
     yield Layer(small.norm1, large.norm1, inputs)
     yield Layer(small.conv1, large.conv1, (hidden,), inputs)
