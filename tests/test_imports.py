@@ -35,6 +35,7 @@ ARROWS: dict[str, set[str]] = {
     "draws": set(),
     "embedding_rows": set(),
     "files": set(),
+    "inheritance": set(),
     "objectives": set(),
     "retrieval": set(),
     "schedule": set(),
@@ -44,7 +45,7 @@ ARROWS: dict[str, set[str]] = {
     # networks and routing
     "denoiser": {"schedule"},
     "sampling": {"denoiser"},
-    "students": {"denoiser"},
+    "students": {"denoiser", "inheritance"},
     "saved_component": {"files"},
     "adapters": {"saved_component"},
     "routing": {"saved_component"},

@@ -84,7 +84,7 @@ class Teacher:
         self.num_classes = len(conditions_for(self.model, path).values)
         self.scheduler, self.num_steps = scheduler, num_steps
         self.denoiser = denoiser_for(self.model.to(device), NoiseSchedule.from_scheduler(scheduler))
-        self.parameters = [self.model.num_parameters()]
+        self.parameters = self.parameters_total = self.model.num_parameters()
 
     def sample(self, z: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return sample_heun(self.denoiser, z, labels, self.num_steps)
@@ -103,7 +103,7 @@ class Students:
         self.num_classes = len(router.class_to_student)
         several = router.num_students > 1
         self.parts = {k: router.classes(k) for k in range(router.num_students)} if several else None
-        self.parameters = [unet.num_parameters() for unet in self.pipe.students.values()]
+        self.parameters, self.parameters_total = self.pipe.count_parameters()
 
     def sample(self, z: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return self.pipe(class_labels=labels, latents=z, output_type="latent").images
@@ -215,8 +215,8 @@ def main():
         rows.append(
             {
                 "model": name,
-                "parameters": max(model.parameters),
-                "parameters_total": sum(model.parameters),
+                "parameters": model.parameters,
+                "parameters_total": model.parameters_total,
                 "training_seconds": training_record(Path(path)).get("seconds"),
             }
         )
