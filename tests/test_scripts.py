@@ -235,23 +235,24 @@ def test_run_continues_from_a_checkpoint_given_by_name(folder, teacher, pairs, s
         assert different(same_size / name, broken / name) == []
 
 
-def test_evaluation_leaves_a_table_and_pictures(folder, teacher, same_size, smaller, feature_net, capsys):
-    models = [f"teacher={teacher}", f"K=2={same_size}", f"small={smaller}"]
+def test_evaluation_leaves_a_table_and_pictures(folder, teacher, same_size, smaller, lora, feature_net, capsys):
+    models = [f"teacher={teacher}", f"K=2={same_size}", f"small={smaller}", f"lora={lora}"]
     arguments = ["--feature_net", feature_net, "--num_images", 80, "--num_inference_steps", 2, *DATA]
     assert run("evaluate.py", "--models", *models, *arguments, "--output_dir", folder / "results") == 0
     printed = capsys.readouterr().out
     results = json.loads((folder / "results" / "results.json").read_text())
     rows = {row["model"]: row for row in results["rows"]}
-    assert list(rows) == ["teacher", "K=2", "small"]
+    assert list(rows) == ["teacher", "K=2", "small", "lora"]
     for row in rows.values():
         assert row["fd"] > 0 and 0 <= row["class_accuracy"] <= 1 and 0 <= row["recall"] <= 1
         assert row["images_per_second"] > 0 and row["num_generated"] == 80 and row["num_real"] == 1797
     assert rows["K=2"]["parameters_total"] == 2 * rows["K=2"]["parameters"] == 2 * rows["teacher"]["parameters"]
     assert rows["small"]["parameters"] < rows["teacher"]["parameters"] / 2
+    assert rows["lora"]["parameters"] < rows["lora"]["parameters_total"] < 1.5 * rows["teacher"]["parameters"]
     assert rows["K=2"]["training_seconds"] > 0 and rows["teacher"]["training_seconds"] is None
     assert set(rows["K=2"]["parts"]) == {"0", "1"}
     table = (folder / "results" / "results.md").read_text()
-    assert table in printed and table.count("\n|") == 4 and "held-out accuracy" in table
+    assert table in printed and table.count("\n|") == 5 and "held-out accuracy" in table
     for name in ("samples.png", "learning_curves.png"):
         colours = picture(folder / "results" / name).convert("RGB").getcolors(2**24)
         assert len(colours) > 10, name
