@@ -120,9 +120,10 @@ def rename(tensors: Tensors, layout: Layout, levels: int, blocks: int, side: int
         ValueError: a tensor has no place in a `UNet2DModel`, or shows numbers that another one shows too.
     """
     _check_not_repeated(tensors)
-    layers = dict(layout.ends.items())
+    layers = dict(layout.ends)
     for ours, theirs, attention in layout.blocks(levels, blocks, side):
-        layers.update({f"{ours}.{a}": f"{theirs}.{b}" for a, b in layout.resnet.items() if _has(tensors, theirs, b)})
+        pairs = {f"{ours}.{a}": f"{theirs}.{b}" for a, b in layout.resnet.items()}
+        layers.update({a: b for a, b in pairs.items() if f"{b}.weight" in tensors})
         if attention is not None and ".resnets." in ours:
             ours = ours.replace(".resnets.", ".attentions.")
             layers.update({f"{ours}.{a}": f"{attention}.{b}" for a, b in layout.attention.items()})
@@ -134,10 +135,6 @@ def rename(tensors: Tensors, layout: Layout, levels: int, blocks: int, side: int
     if tensors:
         raise ValueError(f"checkpoint: UNet2DModel has no place for {[name[:80] for name in list(tensors)[:3]]}")
     return renamed
-
-
-def _has(tensors: Tensors, block: str, layer: str) -> bool:
-    return f"{block}.{layer}.weight" in tensors
 
 
 def _parts(name: str, tensor: torch.Tensor, layout: Layout) -> Tensors:

@@ -57,7 +57,7 @@ class Global:
 
 @dataclass(eq=False)
 class Opaque:
-    """A value that no conversion needs, such as a NumPy scalar among the arguments of a layer."""
+    """A value that no conversion needs, such as a NumPy scalar among the arguments of a layer; nothing is kept."""
 
 
 @dataclass(eq=False)
@@ -127,12 +127,22 @@ def _parameter(tensor, requires_grad, hooks):
     return tensor
 
 
-def _storage_from_bytes(data: bytes) -> SavedStorage:
-    stream = io.BytesIO(data)
-    if PickleReader(stream, {}).read() != LEGACY_MAGIC:
-        raise ValueError("checkpoint: torch.storage._load_from_bytes of something that is no tensor is refused")
-    # No names are allowed in here but those of storages, so this cannot nest.
-    return _read_legacy(stream, len(data), {})
+class StorageFromBytes:
+    """Reads storages that are pickles within the pickle, as long as they have not more bytes than the whole file."""
+
+    def __init__(self, size: int):
+        self.left = size
+
+    def __call__(self, data: bytes) -> SavedStorage:
+        # The same bytes could be asked for a thousand times, and each time would make new memory.
+        self.left -= len(data)
+        if self.left < 0:
+            raise ValueError("checkpoint: torch.storage._load_from_bytes of more bytes than the file has is refused")
+        stream = io.BytesIO(data)
+        if PickleReader(stream, {}).read() != LEGACY_MAGIC:
+            raise ValueError("checkpoint: torch.storage._load_from_bytes of something that is no tensor is refused")
+        # No names are allowed in here but those of storages, so this cannot nest.
+        return _read_legacy(stream, len(data), {})
 
 
 def _persistent_object(meta: dict) -> SavedModule:
@@ -146,7 +156,7 @@ def _module(class_name, state) -> SavedModule:
 
 
 BUILDERS: dict[str, Callable] = {
-    "builtins.set": lambda items: {_key(item) for item in items},
+    "builtins.set": lambda *args: Opaque(),
     "collections.OrderedDict": lambda: {},
     "dnnlib.util.EasyDict": lambda: {},
     "numpy.dtype": lambda *args: Opaque(),
@@ -155,7 +165,6 @@ BUILDERS: dict[str, Callable] = {
     "torch._utils._rebuild_parameter": _parameter,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch.nn.modules.container.ModuleDict": lambda: _module("ModuleDict", {}),
-    "torch.storage._load_from_bytes": _storage_from_bytes,
     "torch_utils.persistence._reconstruct_persistent_obj": _persistent_object,
 }
 
@@ -324,9 +333,8 @@ def _exactly(data: bytes, storage: SavedStorage) -> bytearray:
     return bytearray(data)
 
 
-def _read_zip(path: Path, builders: dict[str, Callable]):
+def _read_zip(path: Path, size: int, builders: dict[str, Callable]):
     """torch.save since 2020: a zip file of `data.pkl` and one member per storage, nothing of it compressed."""
-    size = path.stat().st_size
     with zipfile.ZipFile(path) as archive:
         members = {member.filename: member for member in archive.infolist()}
         compressed = [name for name, member in members.items() if member.compress_type != zipfile.ZIP_STORED]
@@ -367,15 +375,15 @@ def read_checkpoint(path: str | Path):
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint: {path} is missing; a .pkl or .pt file is needed there")
+    size = path.stat().st_size
+    builders = {**BUILDERS, "torch.storage._load_from_bytes": StorageFromBytes(size)}
     try:
         with open(path, "rb") as stream:
             if stream.read(len(ZIP_MAGIC)) == ZIP_MAGIC:
-                return _read_zip(path, BUILDERS)
+                return _read_zip(path, size, builders)
             stream.seek(0)
-            saved = PickleReader(stream, BUILDERS).read()
-            if saved == LEGACY_MAGIC:
-                return _read_legacy(stream, path.stat().st_size, BUILDERS)
-            return saved
+            saved = PickleReader(stream, builders).read()
+            return _read_legacy(stream, size, builders) if saved == LEGACY_MAGIC else saved
     except DAMAGE as error:
         if str(error).startswith("checkpoint:"):
             raise
