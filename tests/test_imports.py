@@ -17,6 +17,7 @@ PACKAGE = ROOT / "src" / "diffusers_msd"
 # Every arrow between modules of the package; docs/architecture.md argues them. A new one is a decision: add it here.
 ARROWS: dict[str, set[str]] = {
     "__init__": {
+        "adapters",
         "denoiser",
         "embedding_routing",
         "hub",
@@ -42,11 +43,13 @@ ARROWS: dict[str, set[str]] = {
     "students": {"inheritance"},
     "denoiser": {"schedule"},
     "sampling": {"denoiser"},
-    "routing": {"files"},
+    "saved_component": {"files"},
+    "adapters": {"saved_component"},
+    "routing": {"saved_component"},
     "embedding_routing": {"embedding_rows", "routing"},
     # files of teachers, runs and pictures
     "teachers": {"files"},
-    "checkpoint": {"files"},
+    "checkpoint": {"adapters", "files"},
     "runs": {"files"},
     "grids": {"files"},
     "plots": {"grids", "runs"},
@@ -72,16 +75,25 @@ ARROWS: dict[str, set[str]] = {
     # training
     "batches": {"draws"},
     "stage_config": {"objectives"},
-    "stages": {"denoiser", "discriminator", "draws", "objectives", "stage_config"},
+    "stages": {"adapters", "denoiser", "discriminator", "draws", "objectives", "stage_config"},
     "training": {"batches", "checkpoint", "draws", "files", "stages", "training_config"},
-    "memory": {"denoiser", "draws", "stages", "training_config"},
+    "memory": {"adapters", "denoiser", "draws", "stages", "training_config"},
     # serving
     "prompts": set(),
-    "hub": {"embedding_routing", "files", "routing"},
-    "pipeline_inputs": {"embedding_routing", "prompts", "routing", "schedule"},
-    "assembly": {"files", "pipeline_inputs", "routing", "teachers"},
-    "student_slots": {"assembly", "hub", "pipeline_inputs", "routing"},
-    "pipeline_msd": {"denoiser", "pipeline_inputs", "prompts", "routing", "schedule", "student_slots", "teachers"},
+    "hub": {"adapters", "embedding_routing", "files", "routing"},
+    "pipeline_inputs": {"adapters", "embedding_routing", "prompts", "routing", "schedule"},
+    "assembly": {"adapters", "files", "pipeline_inputs", "routing", "teachers"},
+    "student_slots": {"adapters", "assembly", "hub", "pipeline_inputs", "routing"},
+    "pipeline_msd": {
+        "adapters",
+        "denoiser",
+        "pipeline_inputs",
+        "prompts",
+        "routing",
+        "schedule",
+        "student_slots",
+        "teachers",
+    },
 }
 TRAINING = {
     "batches",

@@ -237,7 +237,7 @@ def test_missing_damaged_and_foreign_routers_are_refused(tmp_path):
         ConditionRouter.from_pretrained(tmp_path)
     for text in ("{", "[]", "{}"):
         (tmp_path / "config.json").write_text(text)
-        with pytest.raises(ValueError, match="config.json is no router's config"):
+        with pytest.raises(ValueError, match="config.json is no config of a ConditionRouter"):
             ConditionRouter.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"_class_name": "DDIMScheduler"}')
     with pytest.raises(ValueError, match="holds a 'DDIMScheduler'; ClassRouter.from_pretrained loads"):

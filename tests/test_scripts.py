@@ -101,6 +101,14 @@ def smaller(folder, teacher, pairs):
     return folder / "smaller"
 
 
+@pytest.fixture(scope="module")
+def lora(folder, teacher, pairs):
+    """K = 2, dm adm, students and fake scores as adapters."""
+    arguments = ["--student_type", "lora", "--fake_score_type", "lora", "--rank", 2, "--num_students", 2]
+    assert distil(teacher, pairs, folder / "lora", *arguments) == 0
+    return folder / "lora"
+
+
 def picture(path: Path) -> Image.Image:
     with Image.open(path) as image:
         image.load()
@@ -168,6 +176,33 @@ def test_each_stage_starts_where_the_one_before_ended(smaller):
     fake = tensors_in(part / "dm" / "final" / "fake_score")
     first = tensors_in(part / "adm" / "checkpoint-1" / "fake_score")
     assert max((first[name] - fake[name]).abs().max() for name in fake) < 1.1e-4
+
+
+def test_lora_students_are_one_teacher_and_adapters(lora, teacher):
+    pipe = MultiStudentPipeline.from_pretrained(lora)
+    assert different(lora / "unet", teacher / "unet") == []
+    assert len(pipe(class_labels=list(range(10))).images) == 10
+    for k in range(2):
+        first, last = (tensors_in(lora / f"student_{k}" / stage / "final" / "student") for stage in ("dm", "adm"))
+        assert all(": unet." in name and ".lora_" in name for name in last)
+        # Trained from where the stage before ended.
+        assert 0 < max((last[name] - first[name]).abs().max() for name in first) < 2.2e-4
+        assert different(lora / f"unet_{k}", lora / f"student_{k}" / "adm" / "final" / "student") == []
+        fake = tensors_in(lora / f"student_{k}" / "adm" / "final" / "fake_score")
+        assert fake.keys() == last.keys() and any(not torch.equal(fake[name], last[name]) for name in fake)
+    state = tensors_in(lora / "student_0" / "adm" / "checkpoint-2")
+    moments = [t.numel() for name, t in state.items() if "optimizer_student" in name and name.endswith("exp_avg")]
+    assert sum(moments) == sum(tensor.numel() for tensor in last.values())
+
+
+def test_lora_run_continues_bit_for_bit(lora, teacher, pairs, tmp_path):
+    broken = shutil.copytree(lora, tmp_path / "broken")
+    for remains in ("student_0/dm/final", "student_0/dm/checkpoint-2", "student_0/adm", "student_1/adm"):
+        shutil.rmtree(broken / remains)
+    arguments = ["--student_type", "lora", "--fake_score_type", "lora", "--rank", 2, "--num_students", 2]
+    assert distil(teacher, pairs, broken, *arguments, "--resume_from_checkpoint", "checkpoint-1") == 0
+    for name in ("unet_0", "unet_1"):
+        assert different(lora / name, broken / name) == []
 
 
 def test_jobs_of_single_students_give_the_same_weights_as_one_job_of_all(folder, teacher, pairs, same_size, capsys):
@@ -318,6 +353,9 @@ def tiny_teacher(path: Path, **unet) -> Path:
     (["--student_preset", "imagenet64-42", "--student_blocks", 1], ["student_preset", "student_blocks"]),
     (["--student_channels", 4, "--stages", "tsm", "dm"], ["student_channels", "[4]", "2"]),
     (["--student_blocks", 0, "--stages", "tsm", "dm"], ["student_blocks", "0"]),
+    (["--student_type", "lora", "--rank", 0], ["rank", "0"]),
+    (["--student_type", "lora", "--lora_target_modules", "to_z"], ["lora_target_modules", "to_z"]),
+    (["--student_type", "lora", "--student_channels", 4, 8, "--stages", "tsm"], ["student_type", "student_channels"]),
     (["--stages", "adm", "dm"], ["stages", "tsm dm adm", "['adm', 'dm']"]),
     (["--stages", "dm", "dm"], ["stages", "['dm', 'dm']"]),
     (["--stages", "gan"], ["stages", "gan"]),

@@ -12,7 +12,7 @@ When every student is there, `--output_dir` is a `MultiStudentPipeline`. Student
 the router: K jobs with `--student_index 0 ... K-1` and the same output folder give the same weights as one job of all.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -20,6 +20,8 @@ from diffusers import ModelMixin
 from filelock import FileLock
 
 from diffusers_msd import MultiStudentPipeline
+from diffusers_msd.adapters import AdapterConfig, LoraStudent, lora_network
+from diffusers_msd.checkpoint import load_weights
 from diffusers_msd.conditions import CONDITIONS, ConditionConfig, conditions_for, fit_router
 from diffusers_msd.config import for_stage, parse_config, run_script
 from diffusers_msd.data import DataConfig
@@ -86,9 +88,15 @@ class MSDConfig:
 
 
 def check_config(
-    config: MSDConfig, conditions, teacher: ModelMixin, student: StudentConfig, stage_config: StageConfig
+    config: MSDConfig,
+    conditions,
+    teacher: ModelMixin,
+    student: StudentConfig,
+    adapter: AdapterConfig,
+    stage_config: StageConfig,
 ):
     """Refuses what cannot work before anything is trained."""
+    adapter.lora(teacher)
     most = min(len(conditions.values), len(SLOTS))
     if not 1 <= config.num_students <= most:
         raise ValueError(
@@ -120,6 +128,8 @@ def check_config(
         raise ValueError(f"student_{error}") from error
     check_student(candidate, teacher)
     other_size = not is_same_architecture(candidate, teacher)
+    if adapter.student_type == "lora" and other_size:
+        raise ValueError("student_type: lora students have the teacher's size, leave student_channels and _blocks out")
     if other_size and config.stages[0] != "tsm" and not config.allow_random_student:
         raise ValueError(
             "stages: a student of another size than the teacher is no denoiser yet, even with inherited weights, and "
@@ -182,11 +192,12 @@ class Run:
         config: MSDConfig,
         condition: ConditionConfig,
         student: StudentConfig,
+        adapter: AdapterConfig,
         data: DataConfig,
         stage: StageConfig,
         training: TrainingConfig,
     ):
-        self.config, self.condition, self.student = config, condition, student
+        self.config, self.condition, self.student, self.adapter = config, condition, student, adapter
         self.stage, self.training = stage, training
         teacher, self.scheduler = load_teacher(config.pretrained_teacher_model)
         self.conditions = conditions_for(
@@ -196,7 +207,7 @@ class Run:
             condition.pooling,
             condition.validation_prompts,
         )
-        check_config(config, self.conditions, teacher, student, stage)
+        check_config(config, self.conditions, teacher, student, adapter, stage)
         for i in range(len(config.stages)):
             for_stage(training, i, len(config.stages)), for_stage(stage, i, len(config.stages))
         self.output_dir = check_writable(config.output_dir, "output_dir")
@@ -250,6 +261,7 @@ class Run:
             "student_channels": self.student.student_channels,
             "student_blocks": self.student.student_blocks,
             "student_init": self.student.student_init,
+            **asdict(self.adapter),
             "seed": self.training.seed,
         }
 
@@ -306,24 +318,29 @@ class Run:
 
     def _start(self, previous: Path | None, k: int) -> tuple[Denoiser, Denoiser]:
         """Student and fake score at the start of a stage: from the one before, else from the teacher."""
-        family = type(self.teacher_model)
-        if previous is None:
-            seed = derive_seed(self.training.seed, "student", k)
-            model = create_student(
+        seed, adapter = self.training.seed, self.adapter
+        lora, base = adapter.lora(self.teacher_model), self.teacher.model
+        if adapter.student_type == "lora":
+            student = lora_network(base, lora, derive_seed(seed, "student", k))
+        else:
+            size = self.student
+            student = create_student(
                 self.teacher_model,
-                self.student.student_channels,
-                self.student.student_blocks,
-                seed,
-                self.student.student_init,
+                size.student_channels,
+                size.student_blocks,
+                derive_seed(seed, "student", k),
+                size.student_init,
             )
+        if adapter.fake_score_type == "lora":
+            fake_score = lora_network(base, lora, derive_seed(seed, "fake_score", k))
         else:
-            model = load_model(family, previous / "student", "output_dir")
-        if previous is None or not (previous / "fake_score").is_dir():
-            fake_model = create_student(self.teacher_model)
-        else:
-            fake_model = load_model(family, previous / "fake_score", "output_dir")
+            fake_score = create_student(self.teacher_model)
+        if previous is not None:
+            load_weights(student, previous / "student", "output_dir")
+            if (previous / "fake_score").is_dir():
+                load_weights(fake_score, previous / "fake_score", "output_dir")
         device = self.accelerator.device
-        return self._denoiser(model).to(device), self._denoiser(fake_model).to(device)
+        return self._denoiser(student).to(device), self._denoiser(fake_score).to(device)
 
     def finals(self) -> dict[int, Path]:
         """The finished students."""
@@ -338,10 +355,15 @@ class Run:
             finals = self.finals()
             if len(finals) < self.config.num_students:
                 return None
+            lora = self.adapter.student_type == "lora"
             students = {
-                f"unet_{k}": load_model(type(self.teacher_model), folder / "student", "output_dir")
+                f"unet_{k}": LoraStudent.from_pretrained(folder / "student")
+                if lora
+                else load_model(type(self.teacher_model), folder / "student", "output_dir")
                 for k, folder in finals.items()
             }
+            if lora:
+                students["unet"] = self.teacher_model
             pipe = MultiStudentPipeline(
                 scheduler=self.scheduler, router=self.router, **self.conditions.components(), **students
             )
@@ -358,7 +380,9 @@ class Run:
         )
 
 
-def dry_run(config: MSDConfig, student: StudentConfig, stage: StageConfig, training: TrainingConfig):
+def dry_run(
+    config: MSDConfig, student: StudentConfig, adapter: AdapterConfig, stage: StageConfig, training: TrainingConfig
+):
     """Prints what each stage of one student will need, on networks without weights."""
     path = config.pretrained_teacher_model
     teacher, scheduler = load_teacher_shape(path)
@@ -367,17 +391,26 @@ def dry_run(config: MSDConfig, student: StudentConfig, stage: StageConfig, train
     cond = CONDITIONS[type(teacher)].example(teacher, path)
     schedule, dtype = NoiseSchedule.from_scheduler(scheduler), autocast_dtype(training)
 
-    def denoiser(channels=None, blocks=None, weight_dtype=None) -> Denoiser:
+    def denoiser(kind="full", channels=None, blocks=None, weight_dtype=None) -> Denoiser:
         with torch.device("meta"):
-            model = create_student(teacher, channels, blocks).to(weight_dtype or torch.float32).eval()
+            if kind == "lora":
+                model = lora_network(frozen.model, adapter.lora(teacher)).eval()
+            else:
+                model = create_student(teacher, channels, blocks).to(weight_dtype or torch.float32).eval()
         return denoiser_for(without_data(model), schedule, null_cond=cond[0], autocast_dtype=dtype)
+
+    frozen = denoiser(weight_dtype=dtype)
 
     print(
         f"one sample: {'x'.join(map(str, sample_shape(teacher)))}; one condition: {list(cond.shape[1:]) or 'a class'}"
     )
     for i, name in enumerate(config.stages):
         settings, run = for_stage(stage, i, len(config.stages)), for_stage(training, i, len(config.stages))
-        nets = denoiser(student.student_channels, student.student_blocks), denoiser(weight_dtype=dtype), denoiser()
+        nets = (
+            denoiser(adapter.student_type, student.student_channels, student.student_blocks),
+            frozen,
+            denoiser(adapter.fake_score_type),
+        )
         estimate = estimate_memory(build_stage(name, *nets, cond, settings), run, cond)
         print(f"\n--- {name} ---\n{format_estimate(estimate, run.max_train_steps[0], config.dry_run_tflops)}")
     if cond.ndim > 1:
@@ -386,15 +419,15 @@ def dry_run(config: MSDConfig, student: StudentConfig, stage: StageConfig, train
 
 
 def main():
-    config, condition, student, data, stage, training = parse_config(
-        [MSDConfig, ConditionConfig, StudentConfig, DataConfig, StageConfig, TrainingConfig], __doc__
+    config, condition, student, adapter, data, stage, training = parse_config(
+        [MSDConfig, ConditionConfig, StudentConfig, AdapterConfig, DataConfig, StageConfig, TrainingConfig], __doc__
     )
     if config.push_to_hub and training.report_to == "wandb" and config.hub_token:
         raise ValueError("hub_token: with --report_to wandb it would be uploaded; use `hf auth login` instead")
     if config.dry_run:
-        dry_run(config, student, stage, training)
+        dry_run(config, student, adapter, stage, training)
         return
-    run = Run(config, condition, student, data, stage, training)
+    run = Run(config, condition, student, adapter, data, stage, training)
     run.accelerator.init_trackers("train_msd")
     indices = range(config.num_students) if config.student_index is None else [config.student_index]
     for k in indices:

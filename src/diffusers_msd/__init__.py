@@ -9,6 +9,7 @@ by name, so that serving pulls in neither accelerate's training side nor dataset
 # diffusers finds the load method of a component of ours through the base classes in this very namespace.
 from diffusers import ModelMixin, SchedulerMixin
 
+from .adapters import LoraStudent
 from .denoiser import Denoiser, denoiser_for
 from .embedding_routing import EmbeddingRouter
 from .hub import register_classes
@@ -26,6 +27,7 @@ __all__ = [
     "ConditionRouter",
     "Denoiser",
     "EmbeddingRouter",
+    "LoraStudent",
     "ModelMixin",
     "MultiStudentPipeline",
     "MultiStudentPipelineOutput",

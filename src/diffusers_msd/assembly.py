@@ -13,10 +13,11 @@ from diffusers import (
     UNet2DModel,
 )
 
+from .adapters import LoraStudent
 from .files import load_model
-from .pipeline_inputs import SHARED_SETTINGS, SLOTS, check_students
+from .pipeline_inputs import SHARED_SETTINGS, SLOTS, check_students, networks_of
 from .routing import ConditionRouter
-from .teachers import TEACHERS, load_scheduler, load_text_parts
+from .teachers import TEACHERS, load_scheduler, load_text_parts, load_unet
 
 
 def load_parts(
@@ -35,9 +36,13 @@ def load_parts(
     present = {k: unet for k, unet in enumerate(unets) if unet is not None}
     if not present:
         raise ValueError("students: at least one is needed, got None alone")
-    takes_prompts = any(isinstance(unet, UNet2DConditionModel) for unet in unets)
+    adapters = any(isinstance(unet, LoraStudent) for unet in unets)
+    if adapters and "unet" not in given:
+        given["unet"] = load_base_network(base, dtype)
+    networks = networks_of(present, given.get("unet"))
+    takes_prompts = any(isinstance(network, UNet2DConditionModel) for network in networks.values())
     parts = {**load_base(base, takes_prompts, dtype), **given}
-    check_students(present, router, parts.get("vae"), parts.get("text_encoder"), "students[{}]")
+    check_students(networks, router, parts.get("vae"), parts.get("text_encoder"), "students[{}]")
     return {**parts, **dict(zip(SLOTS, unets))}
 
 
@@ -45,8 +50,8 @@ def load_student(source, k: int, dtype: torch.dtype | None) -> ModelMixin | None
     """One student, wherever it lies.
 
     Args:
-        source: a model, which is used as it is; None for a student that is left out; or a folder or Hub id: of a
-            single net, of a `MultiStudentPipeline` (its `unet_<k>`), of another pipeline (its `unet`), or with the
+        source: a model or `LoraStudent`, which is used as it is; None for a student that is left out; or a folder or Hub id: of a
+            single net or adapter, of a `MultiStudentPipeline` (its `unet_<k>`), of another pipeline (its `unet`), or with the
             subfolder, "repo::subfolder".
         k: which student it shall be.
         dtype: what the weights are loaded in; None for float32.
@@ -55,7 +60,7 @@ def load_student(source, k: int, dtype: torch.dtype | None) -> ModelMixin | None
         TypeError, FileNotFoundError, ValueError: naming `students[k]`.
     """
     argument = f"students[{k}]"
-    if source is None or isinstance(source, tuple(SHARED_SETTINGS)):
+    if source is None or isinstance(source, (LoraStudent, *SHARED_SETTINGS)):
         return source
     if not isinstance(source, (str, Path)):
         raise TypeError(f"{argument}: a model, a folder, a Hub id or None expected, got {type(source).__name__}")
@@ -68,6 +73,8 @@ def load_student(source, k: int, dtype: torch.dtype | None) -> ModelMixin | None
             if subfolder
             else f"{argument}: {source} is neither a net nor a pipeline, on disk or on the Hub: {error}"
         ) from error
+    if name == LoraStudent.__name__:
+        return LoraStudent.from_pretrained(path, subfolder=subfolder)
     if name not in TEACHERS:
         raise ValueError(f"{argument}: {source} holds a {name}; one of {', '.join(TEACHERS)} is needed")
     return load_model(TEACHERS[name], path, argument, subfolder=subfolder, dtype=dtype)
@@ -96,6 +103,19 @@ def load_router(source: ConditionRouter | str | Path) -> ConditionRouter:
         return ConditionRouter.from_pretrained(path, subfolder=subfolder or None)
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(f"router: {error}") from error
+
+
+def load_base_network(source: str | Path | DiffusionPipeline, dtype: torch.dtype | None) -> ModelMixin:
+    """The network that LoRA students were trained on: `unet` of a pipeline, or in its folder or repository.
+
+    Raises:
+        FileNotFoundError, ValueError: naming `base`.
+    """
+    if isinstance(source, DiffusionPipeline):
+        if source.components.get("unet") is None:
+            raise ValueError(f"base: this {type(source).__name__} has no unet, which LoRA students run on")
+        return source.unet
+    return load_unet(source, "base", dtype).eval()
 
 
 def load_base(source: str | Path | DiffusionPipeline, takes_prompts: bool, dtype: torch.dtype | None) -> dict:

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from diffusers import ModelMixin
 
+from .adapters import LoraStudent, lora_layers
 from .files import load_model, load_tensors, save_tensors
 
 
@@ -57,15 +58,25 @@ def load_optimizer(optimizer: torch.optim.Optimizer, path: Path):
         ) from error
 
 
-def load_weights(model: ModelMixin, folder: Path):
-    """Copies the weights of a checkpoint's folder into `model`.
+def save_weights(model: ModelMixin, folder: Path):
+    """Saves a network as a diffusers folder, or, if it is a base with an adapter, the adapter alone."""
+    if lora_layers(model):
+        LoraStudent.of(model).save_pretrained(folder)
+    else:
+        model.save_pretrained(folder)
+
+
+def load_weights(model: ModelMixin, folder: Path, argument: str = "resume_from_checkpoint"):
+    """Copies what `save_weights` wrote into `model`.
 
     Raises:
-        FileNotFoundError, ValueError: a missing, truncated or different network, by name.
+        FileNotFoundError, ValueError: a missing, truncated or different network, by name, as a fault of `argument`.
     """
-    saved = load_model(type(model), folder, "resume_from_checkpoint")
     try:
-        model.load_state_dict(saved.state_dict())
+        if lora_layers(model):
+            LoraStudent.from_pretrained(folder).load_into(model)
+        else:
+            model.load_state_dict(load_model(type(model), folder, argument).state_dict())
     except RuntimeError as error:
         raise ValueError(f"resume_from_checkpoint: {folder} holds a network of another shape: {error}") from error
 

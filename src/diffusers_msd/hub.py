@@ -19,6 +19,7 @@ from huggingface_hub import CommitInfo, ModelCard, ModelCardData, create_repo, h
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from safetensors import SafetensorError
 
+from .adapters import base_of
 from .embedding_routing import EmbeddingRouter
 from .files import atomic_directory, check_writable
 from .routing import ClassRouter, ConditionRouter
@@ -50,8 +51,8 @@ images = pipe({example}, num_images_per_prompt=4).images
 ```
 
 `MultiStudentPipeline.from_pretrained("{name}", unet_1=None)` leaves student 1 out: it is not even downloaded.
-`DiffusionPipeline.from_pretrained` of diffusers loads all of them once `diffusers_msd` is imported. Each student is
-also an ordinary model of its own: `{model_class}.from_pretrained("{name}", subfolder="unet_{first}")`.
+`DiffusionPipeline.from_pretrained` of diffusers loads all of them once `diffusers_msd` is imported.
+{alone}
 
 ## Students
 
@@ -66,6 +67,14 @@ Parts of the router ({router}):
 {parts}
 ```
 {details}"""
+
+
+ALONE = """Each student is also an ordinary model of its own:
+`{model_class}.from_pretrained("{name}", subfolder="unet_{first}")`."""
+
+ALONE_LORA = """Students are LoRA adapters on the one network in `unet`. `pipe.fuse_student({first})` gives one as a
+network of its own. In a stock pipeline around that `unet`, the adapter alone is loaded by
+`load_lora_weights("{name}", subfolder="unet_{first}", weight_name="diffusion_pytorch_model.safetensors")`."""
 
 
 def register_classes(pipeline_class: type[DiffusionPipeline]) -> None:
@@ -155,7 +164,7 @@ def model_card(pipe: DiffusionPipeline, name: str) -> ModelCard:
     Raises:
         ValueError: the pipeline has no router, scheduler or students.
     """
-    counts = {k: unet.num_parameters() for k, unet in pipe.students.items()}
+    counts = {k: getattr(pipe, f"unet_{k}").num_parameters() for k in pipe.students}
     if pipe.router is None or pipe.scheduler is None or not counts:
         raise ValueError("router, scheduler, unet_0: a pipeline without these cannot be saved")
     first = min(counts)
@@ -170,6 +179,12 @@ def model_card(pipe: DiffusionPipeline, name: str) -> ModelCard:
             "text-to-image" if takes_prompts else "class-conditional",
         ],
     )
+    model_class = type(pipe.students[first]).__name__
+    rows = [f"| `unet_{k}` | {count:,} |" for k, count in counts.items()]
+    total = sum(counts.values())
+    if pipe.unet is not None:
+        base = base_of(pipe.unet).num_parameters()
+        rows, total = [f"| `unet`, for all | {base:,} |", *rows], base + total
     text = CARD.format(
         mark=CARD_MARK,
         title=name.split("/")[-1],
@@ -179,10 +194,9 @@ def model_card(pipe: DiffusionPipeline, name: str) -> ModelCard:
         calls="a single network call" if most_steps == 1 else f"at most {most_steps} network calls",
         name=name,
         example='"a red apple"' if takes_prompts else f"class_labels=[{_example_label(pipe.router, first)}]",
-        model_class=type(pipe.students[first]).__name__,
-        first=first,
-        students="\n".join(f"| `unet_{k}` | {count:,} |" for k, count in counts.items()),
-        parameters=sum(counts.values()),
+        alone=(ALONE if pipe.unet is None else ALONE_LORA).format(model_class=model_class, name=name, first=first),
+        students="\n".join(rows),
+        parameters=total,
         router=type(pipe.router).__name__,
         parts=_parts(pipe.router),
         details=f"\n{pipe.model_card_details.strip()}\n" if pipe.model_card_details else "",

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from .adapters import trainable_parameters
 from .denoiser import sample_shape
 from .draws import Draws
 from .stages import Turn
@@ -65,18 +66,20 @@ def without_data(model: ModelMixin) -> ModelMixin:
 
     Args:
         model: made inside `with torch.device("meta"):`, for example by `from_config` or `create_student`, in the dtype
-            it will have. It is changed in place.
+            it will have; or one of those with an adapter made there (`lora_network`). It is changed in place.
 
     Raises:
         ValueError: the model is on another device.
     """
-    if model.device.type != "meta":
+    if not any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError(f"model: got a {type(model).__name__} on {model.device}; one on the meta device is needed")
-    with _FAKE:
-        model.to_empty(device="cpu")
     for module in model.modules():
+        if not any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+            continue
+        with _FAKE:
+            module.to_empty(device="cpu", recurse=False)
         # Under autocast a GPU computes norms in float32 and keeps that for the backward pass; a CPU does not.
-        if isinstance(module, (nn.GroupNorm, nn.LayerNorm)) and model.dtype == torch.float32:
+        if isinstance(module, (nn.GroupNorm, nn.LayerNorm)) and module.weight.dtype == torch.float32:
             module.register_forward_pre_hook(lambda module, args: tuple(x.float() for x in args))
     return model
 
@@ -86,8 +89,9 @@ def estimate_memory(turns: list[Turn], config: TrainingConfig, cond: torch.Tenso
 
         peak = weights + optimizer states + EMA + max over the turns of max(pass, update)
 
-    * weights: of each network in its own dtype; optimizer: two moments like each trained parameter, 8 bytes in float32
-      (8-bit: 2 bytes); EMA: a copy of the first turn's first network.
+    * weights: of each network in its own dtype, of an adapter's network the adapter alone; optimizer: two moments like
+      each trained parameter, 8 bytes in float32 (8-bit: 2 bytes); EMA: a copy of what is trained of the first turn's
+      first network.
     * pass: the most that is alive beside these during a turn. The turn's own forward and backward run, without data,
       and every storage is counted from its creation to its end. So it holds whatever the method, checkpointing and
       autocast keep: activations saved for the backward pass, what passes without gradient need meanwhile, casts of
@@ -128,22 +132,30 @@ def estimate_memory(turns: list[Turn], config: TrainingConfig, cond: torch.Tenso
         for model in turn.models().values():
             if config.gradient_checkpointing and model._supports_gradient_checkpointing:
                 model.enable_gradient_checkpointing()
-    parameters = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
-    main = next(iter(turns[0].models()))
+    own = _own_parameters(networks)
+    trained = {
+        turn.name: [p for model in turn.models().values() for p in trainable_parameters(model)] for turn in turns
+    }
     result = {
         "batch_size": config.train_batch_size,
-        "parameters": parameters,
-        "weights": {name: _bytes(network) for name, network in networks.items()},
+        "parameters": {name: sum(p.numel() for p in parameters) for name, parameters in own.items()},
+        "weights": {name: _bytes(parameters) for name, parameters in own.items()},
         "trained": {turn.name: list(turn.models()) for turn in turns},
         "optimizer": {
-            turn.name: 2 * (sum(p.numel() for p in turn.parameters()) if config.use_8bit_adam else _bytes(turn))
-            for turn in turns
+            name: 2 * (sum(p.numel() for p in parameters) if config.use_8bit_adam else _bytes(parameters))
+            for name, parameters in trained.items()
         },
-        "ema": _bytes(networks[main]) if config.ema_decay > 0 else 0,
+        "ema": _bytes(trainable_parameters(next(iter(turns[0].models().values())))) if config.ema_decay > 0 else 0,
     }
     result["resident"] = sum(result["weights"].values()) + sum(result["optimizer"].values()) + result["ema"]
     known = [tensor for network in networks.values() for tensor in [*network.parameters(), *network.buffers()]]
-    result["turns"] = {turn.name: _run(turn, config, cond, known) for turn in turns}
+    result["turns"] = {
+        turn.name: {
+            **_run(turn, config, cond, known),
+            **dict.fromkeys(("gradients", "update"), _bytes(trained[turn.name])),
+        }
+        for turn in turns
+    }
     # The average moves by a difference as large as itself.
     result["turns"][turns[0].name]["update"] += result["ema"]
     result["flops"] = sum(result["turns"][turn.name]["flops"] / turn.interval for turn in turns)
@@ -164,13 +176,10 @@ def _run(turn: Turn, config: TrainingConfig, cond: torch.Tensor, known: list[tor
     # On its own: the counter takes some operations apart, and what it holds on to would be counted.
     with FlopCounterMode(display=False) as counter:
         _loss(turn, config.train_batch_size, cond).backward()
-    gradients = _bytes(turn)
     turn.zero_grad(set_to_none=True)
     return {
-        "gradients": gradients,
         "activations": activations,
         "pass": live.peak,
-        "update": gradients,
         "flops": counter.get_total_flops() * config.gradient_accumulation_steps,
     }
 
@@ -182,8 +191,18 @@ def _loss(turn: Turn, size: int, cond: torch.Tensor) -> torch.Tensor:
     return turn(dict.fromkeys(turn.needs, data), Draws((0,), size, slice(None)))["loss"].mean()
 
 
-def _bytes(module: nn.Module) -> int:
-    return sum(parameter.nbytes for parameter in module.parameters())
+def _own_parameters(networks: dict[str, nn.Module]) -> dict[str, list[nn.Parameter]]:
+    # An adapter's network shares the rest with its base, which is counted there.
+    seen: set[int] = set()
+    own = {}
+    for name, network in networks.items():
+        own[name] = [p for p in network.parameters() if id(p) not in seen]
+        seen |= {id(p) for p in own[name]}
+    return own
+
+
+def _bytes(parameters: list[nn.Parameter]) -> int:
+    return sum(parameter.nbytes for parameter in parameters)
 
 
 def cache_bytes(sample_shape: tuple[int, ...], cond: torch.Tensor, num_samples: int) -> dict[str, int]:

@@ -6,6 +6,7 @@ import torch
 from diffusers import AutoencoderKL, ModelMixin, UNet2DConditionModel, UNet2DModel
 from transformers import CLIPTextModel
 
+from .adapters import LoraStudent
 from .embedding_routing import EmbeddingRouter
 from .prompts import POOLINGS, encoder_fingerprint
 from .routing import ClassRouter, ConditionRouter
@@ -55,6 +56,26 @@ def check_students(
             raise ValueError(
                 f"{name.format(k)}: the router has {router.num_students} parts, no condition leads to this student"
             )
+
+
+def networks_of(students: dict[int, ModelMixin | LoraStudent], base: ModelMixin | None) -> dict[int, ModelMixin]:
+    """The network that each student runs on: itself, or for an adapter its base.
+
+    Raises:
+        ValueError: adapters without a base, a base without adapters, or both kinds of students at once.
+    """
+    adapters = [k for k, student in students.items() if isinstance(student, LoraStudent)]
+    if base is None:
+        if adapters:
+            raise ValueError(f"unet: unet_{adapters[0]} is a LoRA student, give the network that it was trained on")
+        return students
+    others = [k for k in students if k not in adapters]
+    if others:
+        raise ValueError(
+            f"unet_{others[0]}: got a {type(students[others[0]]).__name__}; with a base `unet` all students are LoRA "
+            "students"
+        )
+    return dict.fromkeys(students, base)
 
 
 def check_student(argument: str, unet: ModelMixin, first: ModelMixin) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
+from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel, UNet2DModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
@@ -17,6 +17,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from transformers import CLIPTextModel
 
 from . import pipeline_inputs as inputs
+from .adapters import adapter_of_each_row, attach
 from .denoiser import denoiser_for, sample_shape
 from .prompts import check_prompts, embed_prompts, pool_embeddings
 from .routing import ConditionRouter
@@ -65,7 +66,9 @@ class MultiStudentPipeline(StudentSlots):
         student_timesteps: {"timesteps": [...]}, the noise indices at which students trained for several steps run,
             from pure noise down, such as [999, 749, 499, 249] (DMD2, arXiv 2405.14867); None for one step. (A dict,
             because diffusers takes a list in `model_index.json` for a component.)
-        unet_0 ... unet_63: the students. Those below K are to be given; give None for one that is left out.
+        unet: the one network of LoRA students, the teacher as it was when they were trained; None for full students.
+        unet_0 ... unet_63: the students: networks, or with a `unet` each a `LoraStudent`, and a batch for several of
+            them then runs in one forward. Those below K are to be given; give None for one that is left out.
 
     Raises:
         TypeError: an argument is not one of the above, or the students are not of one family.
@@ -74,9 +77,12 @@ class MultiStudentPipeline(StudentSlots):
             the prompt embeddings, or do not fit the VAE or text encoder; or the timesteps do not fall from pure noise.
     """
 
-    model_cpu_offload_seq = "->".join(["text_encoder", *SLOTS, "vae"])
+    model_cpu_offload_seq = "->".join(["text_encoder", "unet", *SLOTS, "vae"])
     _exclude_from_cpu_offload = ["safety_checker"]
-    _optional_components = ["vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor", *SLOTS[1:]]
+    _optional_components = [
+        *("vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor", "unet"),
+        *SLOTS[1:],
+    ]
     _callback_tensor_inputs = ["latents"]
 
     @with_student_slots
@@ -90,6 +96,7 @@ class MultiStudentPipeline(StudentSlots):
         safety_checker: StableDiffusionSafetyChecker | None = None,
         feature_extractor=None,
         student_timesteps: dict | None = None,
+        unet: UNet2DModel | UNet2DConditionModel | None = None,
         **students: Student | None,
     ):
         super().__init__()
@@ -97,7 +104,8 @@ class MultiStudentPipeline(StudentSlots):
         if unknown:
             raise TypeError(f"{unknown[0]}: not a component; students are named unet_0 ... {SLOTS[-1]}")
         given = {k: students[slot] for k, slot in enumerate(SLOTS) if students.get(slot) is not None}
-        inputs.check_students(given, router, vae, text_encoder)
+        networks = inputs.networks_of(given, unet)
+        inputs.check_students(networks, router, vae, text_encoder)
         if router is not None:
             missing = [f"unet_{k}" for k in range(router.num_students) if f"unet_{k}" not in students]
             if missing:
@@ -109,6 +117,8 @@ class MultiStudentPipeline(StudentSlots):
             raise ValueError("feature_extractor: the safety_checker sees images through it; give both or neither")
         if student_timesteps is not None:
             inputs.check_timesteps(student_timesteps, NoiseSchedule.from_scheduler(scheduler))
+        if unet is not None:
+            attach(unet, {SLOTS[k]: student for k, student in given.items()})
         self.register_modules(
             scheduler=scheduler,
             router=router,
@@ -117,6 +127,7 @@ class MultiStudentPipeline(StudentSlots):
             tokenizer=tokenizer,
             safety_checker=safety_checker,
             feature_extractor=feature_extractor,
+            unet=unet,
             **{slot: students.get(slot) for slot in SLOTS},
         )
         self.register_to_config(student_timesteps=student_timesteps)
@@ -311,6 +322,12 @@ class MultiStudentPipeline(StudentSlots):
         """
         schedule, students = NoiseSchedule.from_scheduler(self.scheduler), self.students
         samples = torch.empty_like(latents)
+        if self.unet is not None:
+            with adapter_of_each_row(self.unet, [SLOTS[k] for k in student_indices]):
+                denoiser, cond = denoiser_for(self.unet, schedule), condition.to(latents.device)
+                made = denoiser.generate(latents, cond) if t == schedule.last else denoiser(latents, t, cond)
+            bar.update()
+            return made.to(samples)
         for k in sorted(set(student_indices)):
             rows = [i for i, chosen in enumerate(student_indices) if chosen == k]
             denoiser = denoiser_for(students[k], schedule)
@@ -417,7 +434,9 @@ class MultiStudentPipeline(StudentSlots):
         schedule, timesteps = NoiseSchedule.from_scheduler(self.scheduler), self.timesteps[:num_inference_steps]
         self._num_timesteps = len(timesteps)
         latents = self.prepare_latents(shape, generator, latents)
-        with self.progress_bar(total=len(timesteps) * len(set(student_indices))) as bar:
+        with self.progress_bar(
+            total=len(timesteps) * (1 if self.unet is not None else len(set(student_indices)))
+        ) as bar:
             for step, t in enumerate(timesteps):
                 latents = self.generate(latents, condition, student_indices, t, bar)
                 if step + 1 < len(timesteps):

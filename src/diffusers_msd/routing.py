@@ -2,39 +2,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which student serves which condition (MSD, arXiv 2410.23274: disjoint, balanced parts, alike inside a part)."""
 
-import json
 from abc import ABC, abstractmethod
-from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import ConfigMixin, SchedulerMixin
-from diffusers.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HFValidationError
 
-from .files import atomic_write, check_writable, load_tensors, save_tensors
+from .saved_component import SavedComponent
 
 
-_DOWNLOAD_KWARGS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
-_UPLOAD_KWARGS = ("commit_message", "create_pr", "private", "repo_id", "token")
-
-
-class ConditionRouter(SchedulerMixin, ConfigMixin, ABC):
+class ConditionRouter(SavedComponent, ABC):
     """Maps conditions to students: a component of the pipeline that is no `nn.Module`.
 
-    A module's tensors would be cast by `pipe.to(torch.float16)` and the routing would change; diffusers leaves a
-    component that is saved like a scheduler alone. A subclass is one class:
+    A module's tensors would be cast by `pipe.to(torch.float16)` and the routing would change. A subclass is one class:
 
     - `__init__` takes `num_students` first and calls `register_to_config` with everything that is not a tensor;
     - arguments that are tensors are named in `tensor_arguments` and kept as attributes of the same names;
     - `__call__` answers.
-
-    Settings are saved in `config.json`, tensors, if any, in `diffusion_pytorch_model.safetensors`. Under any other
-    name diffusers takes the whole repository for one without safetensors and does not load it from the Hub.
     """
 
-    config_name = CONFIG_NAME
     tensor_arguments = ()
 
     @property
@@ -57,73 +42,18 @@ class ConditionRouter(SchedulerMixin, ConfigMixin, ABC):
             ValueError: The argument this router goes by is absent, another is given, or a value is out of range.
         """
 
-    def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
-        """Saves the router so that `ConditionRouter.from_pretrained` gives it back.
-
-        Args:
-            save_directory (`str` or `Path`): The folder; made when absent, other files in it are left alone.
-            push_to_hub (`bool`): Also upload it, to `repo_id` (by default the name of the folder).
-            kwargs: `repo_id`, `commit_message`, `private`, `token` and `create_pr` for the upload. Others, such as
-                `variant`, are ignored: a router has one precision.
-
-        Raises:
-            ValueError: The folder cannot be written.
-        """
-        folder = check_writable(save_directory, "save_directory")
-        if self.tensor_arguments:
-            # Tensors first: a config without its tensors would not load.
-            tensors = {name: vars(self)[name] for name in self.tensor_arguments}
-            save_tensors(folder / SAFETENSORS_WEIGHTS_NAME, tensors)
-        atomic_write(folder / CONFIG_NAME, self.to_json_string())
-        if push_to_hub:
-            upload = {name: kwargs[name] for name in _UPLOAD_KWARGS if name in kwargs}
-            self.push_to_hub(**{"repo_id": folder.name, **upload})
+    def tensors(self):
+        return {name: vars(self)[name] for name in self.tensor_arguments}
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, subfolder=None, **kwargs):
-        """Loads a router of this class or a subclass: the saved `_class_name` decides.
-
-        Args:
-            pretrained_model_name_or_path (`str` or `Path`): A folder, or a Hub id.
-            subfolder (`str`, *optional*): Where in it the router lies, such as `"router"`.
-            kwargs: `cache_dir`, `force_download`, `local_files_only`, `revision` and `token` for a download. Others,
-                such as `variant` or `dtype`, are ignored.
-
-        Returns:
-            `ConditionRouter`: Its tensors as they were saved, on the CPU.
-
-        Raises:
-            FileNotFoundError: There is no router.
-            ValueError: A file is damaged or holds another class.
-        """
-        download = {name: kwargs[name] for name in _DOWNLOAD_KWARGS if name in kwargs}
-        path = _fetch(pretrained_model_name_or_path, subfolder, CONFIG_NAME, download)
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-            name = config["_class_name"]
-        except (ValueError, KeyError, TypeError) as error:
+    def from_saved(cls, config, load):
+        tensors = load() if cls.tensor_arguments else {}
+        if set(tensors) != set(cls.tensor_arguments):
             raise ValueError(
-                f"pretrained_model_name_or_path: {path} is no router's config ({error!r}); a JSON object with "
-                "`_class_name` is needed."
-            ) from error
-        classes = {router.__name__: router for router in _with_subclasses(cls)}
-        if name not in classes:
-            raise ValueError(
-                f"pretrained_model_name_or_path: {path} holds a {name!r}; {cls.__name__}.from_pretrained loads one of "
-                f"{sorted(classes)} (a class of your own must be imported first)."
+                f"pretrained_model_name_or_path: its file holds the tensors {sorted(tensors)}; a {cls.__name__} has "
+                f"{sorted(cls.tensor_arguments)}."
             )
-        router_class = classes[name]
-        tensors = {}
-        if router_class.tensor_arguments:
-            path = _fetch(pretrained_model_name_or_path, subfolder, SAFETENSORS_WEIGHTS_NAME, download)
-            tensors, _ = load_tensors(path, "pretrained_model_name_or_path")
-            if set(tensors) != set(router_class.tensor_arguments):
-                raise ValueError(
-                    f"pretrained_model_name_or_path: {path} holds the tensors {sorted(tensors)}; a {name} has "
-                    f"{sorted(router_class.tensor_arguments)}."
-                )
-        # Clones, because loaded tensors are maps of a file that may be replaced.
-        return router_class.from_config(config, **{name: tensor.clone() for name, tensor in tensors.items()})
+        return cls.from_config(config, **tensors)
 
 
 class ClassRouter(ConditionRouter):
@@ -262,31 +192,6 @@ class ClassRouter(ConditionRouter):
         for k, size in enumerate(self.part_sizes):
             lines.append(f"student {k}: {size} classes: {_runs(self.classes(k).tolist())}")
         return "\n".join(lines)
-
-
-def _fetch(path, subfolder, filename, download_kwargs):
-    # The local path of one file of a folder or of a Hub repository.
-    if Path(path).is_dir():
-        file = Path(path, subfolder or "", filename)
-        if not file.is_file():
-            raise FileNotFoundError(
-                f"pretrained_model_name_or_path: {file} is missing; a folder saved by a router's save_pretrained "
-                "is needed."
-            )
-        return file
-    try:
-        return Path(hf_hub_download(str(path), filename, subfolder=subfolder, **download_kwargs))
-    except (OSError, HFValidationError) as error:
-        raise FileNotFoundError(
-            f"pretrained_model_name_or_path: {path} is neither a folder nor a Hub repository with "
-            f"{Path(subfolder or '', filename)}: {error}"
-        ) from error
-
-
-def _with_subclasses(cls):
-    yield cls
-    for subclass in cls.__subclasses__():
-        yield from _with_subclasses(subclass)
 
 
 def _as_integers(values, argument):

@@ -12,6 +12,7 @@ import torch
 from diffusers import ModelMixin
 from torch import nn
 
+from .adapters import trainable_parameters
 from .denoiser import Denoiser, sample_shape
 from .discriminator import DiscriminatorHead
 from .draws import Draws
@@ -33,7 +34,7 @@ Losses = dict[str, torch.Tensor]
 
 
 class Turn(nn.Module):
-    """One optimizer's share of an iteration. Its parameters are exactly what that optimizer updates.
+    """One optimizer's share of an iteration. Of its parameters, that optimizer updates those that `claim` frees.
 
     Networks a turn only reads are kept in `frozen`, a plain dict, so that they are not among its parameters.
 
@@ -67,7 +68,9 @@ class Turn(nn.Module):
         """
         for module in self.frozen.values():
             module.requires_grad_(False)
-        self.requires_grad_(True)
+        for model in self.models().values():
+            for parameter in trainable_parameters(model):
+                parameter.requires_grad_(True)
 
     def forward(self, batch: dict[str, dict[str, torch.Tensor]], draw: Draws) -> Losses:
         """The per-sample losses [B] by name; the one called "loss" is to be minimised."""

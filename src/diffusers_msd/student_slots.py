@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """K students as components of a pipeline: `unet_0 ... unet_63`, each saved, loaded, added and left out on its own."""
 
+import copy
 import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,13 +10,14 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel, UNet2DModel
 
+from .adapters import LoraStudent, attach, base_of
 from .assembly import load_parts, load_router
 from .hub import SafePipeline
-from .pipeline_inputs import SLOTS, check_students
+from .pipeline_inputs import SLOTS, check_students, networks_of
 from .routing import ConditionRouter
 
 
-Student = UNet2DModel | UNet2DConditionModel
+Student = UNet2DModel | UNet2DConditionModel | LoraStudent
 
 
 def with_student_slots(init: Callable) -> Callable:
@@ -39,9 +41,10 @@ class StudentSlots(SafePipeline):
     """The part of `MultiStudentPipeline` that holds its components; how they make images is in the class itself."""
 
     @property
-    def students(self) -> dict[int, Student]:
-        """The students that are present, {k: unet}."""
-        return {k: getattr(self, slot) for k, slot in enumerate(SLOTS) if getattr(self, slot) is not None}
+    def students(self) -> dict[int, UNet2DModel | UNet2DConditionModel]:
+        """The students that are present, {k: unet}; of LoRA students the one base, see `fuse_student`."""
+        present = {k: getattr(self, slot) for k, slot in enumerate(SLOTS) if getattr(self, slot) is not None}
+        return networks_of(present, self.unet)
 
     @property
     def components(self) -> dict:
@@ -105,16 +108,45 @@ class StudentSlots(SafePipeline):
 
         Args:
             k: the part of the router that it serves, in [0, K).
-            unet: a model of the other students' family, channels, size and condition.
+            unet: a model of the other students' family, channels, size and condition; or, beside LoRA students, a
+                `LoraStudent` of the same base.
 
         Raises:
             TypeError, ValueError: `k` is not a part of the router, or `unet` does not fit the others.
         """
         if k not in range(len(SLOTS)):
             raise ValueError(f"k: {k!r} is not a student, allowed are 0 ... {len(SLOTS) - 1}")
-        others = {other: unet for other, unet in self.students.items() if other != k}
-        check_students({**others, k: unet}, self.router, self.vae, self.text_encoder)
+        others = {other: getattr(self, SLOTS[other]) for other in self.students if other != k}
+        networks = networks_of({**others, k: unet}, self.unet)
+        check_students(networks, self.router, self.vae, self.text_encoder)
+        if isinstance(unet, LoraStudent):
+            attach(self.unet, {SLOTS[k]: unet}, replace=True)
         self.register_modules(**{SLOTS[k]: unet})
+
+    def fuse_student(self, k: int) -> UNet2DModel | UNet2DConditionModel:
+        """Student k as an ordinary network of its own; of a LoRA student the sum of base and adapter.
+
+        Args:
+            k: one of the students that are present.
+
+        Raises:
+            ValueError: `k` is not present.
+        """
+        if k not in self.students:
+            raise ValueError(f"k: {k!r} is not present, allowed are {list(self.students)}")
+        return self.students[k] if self.unet is None else getattr(self, SLOTS[k]).fuse(self.unet)
+
+    def fuse_students(self) -> "StudentSlots":
+        """This pipeline with each LoRA student as a full network: K times the memory, and no PEFT to run it."""
+        parts = {**self.components, **{SLOTS[k]: self.fuse_student(k) for k in self.students}}
+        return type(self)(**{**parts, "unet": None}, student_timesteps=self.config.student_timesteps)
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs):
+        """As `SafePipeline.save_pretrained`; the base of LoRA students is saved without them, as it was before."""
+        saved = copy.copy(self)
+        if self.unet is not None:
+            saved.unet = base_of(self.unet)
+        return super(StudentSlots, saved).save_pretrained(save_directory, **kwargs)
 
     def enable_vae_slicing(self) -> None:
         """Decodes one image of a batch after the other: less memory."""

@@ -41,13 +41,18 @@ def _class_name(path: str | Path, subfolder: str, config_class: type, argument: 
         raise FileNotFoundError(f"{argument}: {path} has no readable {subfolder}/: {error}") from error
 
 
-def _teacher_class(path: str) -> type:
-    name = _class_name(path, "unet", UNet2DModel, "pretrained_teacher_model")
+def _teacher_class(path: str | Path, argument: str = "pretrained_teacher_model") -> type:
+    name = _class_name(path, "unet", UNet2DModel, argument)
     if name not in TEACHERS:
-        raise ValueError(
-            f"pretrained_teacher_model: {path}: unet/ is a {name}; one of {', '.join(TEACHERS)} is needed"
-        )
+        raise ValueError(f"{argument}: {path}: unet/ is a {name}; one of {', '.join(TEACHERS)} is needed")
     return TEACHERS[name]
+
+
+def load_unet(
+    path: str | Path, argument: str = "pretrained_teacher_model", dtype: torch.dtype | None = None
+) -> ModelMixin:
+    """Loads the network of a teacher of any family; arguments and errors as `load_text_encoder`."""
+    return load_model(_teacher_class(path, argument), path, argument, subfolder="unet", dtype=dtype)
 
 
 def load_teacher(path: str) -> tuple[ModelMixin, SchedulerMixin]:
@@ -59,7 +64,7 @@ def load_teacher(path: str) -> tuple[ModelMixin, SchedulerMixin]:
     Raises:
         FileNotFoundError, ValueError: something is missing, truncated or unknown, with its place.
     """
-    model = load_model(_teacher_class(path), path, "pretrained_teacher_model", subfolder="unet")
+    model = load_unet(path)
     if isinstance(model, UNet2DModel) and not model.config.num_class_embeds:
         raise ValueError(
             f"pretrained_teacher_model: {path} is not class-conditional; a UNet2DModel with num_class_embeds is needed"

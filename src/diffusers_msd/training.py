@@ -28,6 +28,7 @@ from .checkpoint import (
     prune,
     read_state,
     save_optimizer,
+    save_weights,
 )
 from .draws import Draws, derive_seed
 from .files import atomic_directory, atomic_write, write_json
@@ -111,9 +112,11 @@ class Trainer:
                 num_training_steps=self.max_steps,
             )
         self.main_name, self.main_model = next(iter(self.turns[0].models().items()))
+        self.turns[0].claim()
+        self.main_parameters = [p for p in self.main_model.parameters() if p.requires_grad]
         self.ema = None
         if self.config.ema_decay > 0:
-            self.ema = EMAModel(self.main_model.parameters(), decay=self.config.ema_decay, foreach=True)
+            self.ema = EMAModel(self.main_parameters, decay=self.config.ema_decay, foreach=True)
 
     def _optimizer(self, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
         c = self.config
@@ -200,7 +203,7 @@ class Trainer:
             skipped["in_a_row"] = 0
             optimizer.step()
             if self.ema is not None and turn is self.turns[0]:
-                self.ema.step(self.main_model.parameters())
+                self.ema.step(self.main_parameters)
             for key, value in values.items():
                 self.window.setdefault(f"{turn.name}/{key}", []).append(value)
         else:
@@ -277,14 +280,13 @@ class Trainer:
         if self.ema is None:
             yield self.main_model
             return
-        parameters = list(self.main_model.parameters())
-        own = [p.detach().clone() for p in parameters]
-        self.ema.copy_to(parameters)
+        own = [p.detach().clone() for p in self.main_parameters]
+        self.ema.copy_to(self.main_parameters)
         try:
             yield self.main_model
         finally:
             with torch.no_grad():
-                torch._foreach_copy_(parameters, own)
+                torch._foreach_copy_(self.main_parameters, own)
 
     def _validate(self):
         if self.validate is not None and self.accelerator.is_main_process:
@@ -310,11 +312,11 @@ class Trainer:
             with atomic_directory(self.output_dir / f"checkpoint-{self.step}") as folder:
                 for turn in self.turns:
                     for name, model in turn.models().items():
-                        model.save_pretrained(folder / name)
+                        save_weights(model, folder / name)
                     save_optimizer(self.optimizers[turn.name], folder / f"optimizer_{turn.name}.safetensors")
                 if self.ema is not None:
                     with self._averaged() as model:
-                        model.save_pretrained(folder / f"{self.main_name}_ema")
+                        save_weights(model, folder / f"{self.main_name}_ema")
                 state = {
                     "step": self.step,
                     "seconds": self.seconds,
@@ -361,10 +363,11 @@ class Trainer:
             load_optimizer(self.optimizers[turn.name], checkpoint / f"optimizer_{turn.name}.safetensors")
             self.schedules[turn.name].load_state_dict(state["schedules"][turn.name])
         if self.ema is not None:
-            own = {key: value.clone() for key, value in self.main_model.state_dict().items()}
+            parameters = [p.detach() for p in self.main_parameters]
+            own = [p.clone() for p in parameters]
             load_weights(self.main_model, checkpoint / f"{self.main_name}_ema")
-            torch._foreach_copy_(self.ema.shadow_params, [p.detach() for p in self.main_model.parameters()])
-            self.main_model.load_state_dict(own)
+            torch._foreach_copy_(self.ema.shadow_params, parameters)
+            torch._foreach_copy_(parameters, own)
             self.ema.optimization_step = state["ema_step"]
         self.step, self.seconds = state["step"], state["seconds"]
         self.window, self.skipped = state["window"], state["skipped"]
@@ -376,7 +379,7 @@ class Trainer:
                 for turn in self.turns:
                     for name, model in turn.models().items():
                         with self._averaged() if name == self.main_name else contextlib.nullcontext():
-                            model.save_pretrained(folder / name)
+                            save_weights(model, folder / name)
                 write_json(
                     folder / "summary.json",
                     {
