@@ -13,7 +13,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffusers_msd.denoiser import denoiser_for, sample_shape
 from diffusers_msd.draws import Draws
-from diffusers_msd.memory import LiveBytes, cache_bytes, estimate_memory, format_estimate, without_data
+from diffusers_msd.memory import (
+    _ATTENTION_FLOPS,
+    LiveBytes,
+    cache_bytes,
+    estimate_memory,
+    format_estimate,
+    without_data,
+)
 from diffusers_msd.schedule import NoiseSchedule
 from diffusers_msd.stage_config import StageConfig
 from diffusers_msd.stages import build_stage
@@ -236,10 +243,18 @@ def test_the_table_holds_the_numbers():
     assert "34.38 GB" in format_estimate({**e, "peak": 34_380_000_000}).splitlines()[-1]
 
 
+def test_attention_on_a_cpu_is_counted():
+    """Forward: two products of [L, D] and [D, L] per head. Backward: five, since a fused kernel makes one again."""
+    q = torch.zeros(2, 3, 16, 8, requires_grad=True)
+    with FlopCounterMode(display=False, custom_mapping=_ATTENTION_FLOPS) as counter:
+        torch.nn.functional.scaled_dot_product_attention(q, q, q).sum().backward()
+    assert counter.get_total_flops() == (2 + 5) * 2 * (2 * 3) * 16 * 16 * 8
+
+
 @pytest.mark.parametrize("stage, number", [("tsm", 0), ("dm", 0), ("adm", 1)])
 def test_arithmetic_is_that_of_the_real_turn_and_follows_the_interval(stage, number):
     turn, _, loss = real_turn("text", stage, number)
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=_ATTENTION_FLOPS) as counter:
         loss().backward()
     turns, cond = build("text", stage, False, student_update_interval=[4])
     e = estimate_memory(turns, training(), cond)

@@ -10,7 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from .adapters import trainable_parameters
 from .denoiser import sample_shape
@@ -21,6 +21,15 @@ from .training_config import TrainingConfig
 
 # Of tensors that claim to be on the CPU, with shape and dtype and without data; they mix with real ones.
 _FAKE = FakeTensorMode(allow_non_fake_inputs=True)
+
+
+# torch counts the arithmetic of every attention kernel but the one that CPUs have.
+_ATTENTION_FLOPS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
+    ),
+}
 
 
 class LiveBytes(TorchDispatchMode):
@@ -174,7 +183,7 @@ def _run(turn: Turn, config: TrainingConfig, cond: torch.Tensor, known: list[tor
             loss.backward()
             del loss
     # On its own: the counter takes some operations apart, and what it holds on to would be counted.
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=_ATTENTION_FLOPS) as counter:
         _loss(turn, config.train_batch_size, cond).backward()
     turn.zero_grad(set_to_none=True)
     return {
