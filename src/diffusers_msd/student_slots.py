@@ -3,7 +3,8 @@
 """K students as components of a pipeline: `unet_0 ... unet_63`, each saved, loaded, added and left out on its own."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel, UNet2DModel
 from .assembly import load_parts, load_router
 from .hub import SafePipeline
 from .pipeline_inputs import SLOTS, check_students
+from .residents import OPTIONS, ResidentStudents, SavedStudents
 from .routing import ConditionRouter
 
 
@@ -35,13 +37,71 @@ def with_student_slots(init: Callable) -> Callable:
     return init
 
 
+def needs_all_students(method: Callable) -> Callable:
+    """Refuses a method of the pipeline where students come and go."""
+
+    @wraps(method)
+    def checked(self, *args, **kwargs):
+        if self.residents is not None:
+            raise ValueError(f"{method.__name__}: it needs all students; load without max_resident_students for it")
+        return method(self, *args, **kwargs)
+
+    return checked
+
+
 class StudentSlots(SafePipeline):
-    """The part of `MultiStudentPipeline` that holds its components; how they make images is in the class itself."""
+    """The part of `MultiStudentPipeline` that holds its components; how they make images is in the class itself.
+
+    Attributes:
+        residents: what loads the students that have no component, see `from_pretrained`; else None.
+    """
+
+    residents: ResidentStudents | None = None
+
+    # They go over the components, so students that are loaded later would be missed.
+    save_pretrained = needs_all_students(SafePipeline.save_pretrained)
+    enable_model_cpu_offload = needs_all_students(SafePipeline.enable_model_cpu_offload)
+    enable_sequential_cpu_offload = needs_all_students(SafePipeline.enable_sequential_cpu_offload)
+    enable_group_offload = needs_all_students(SafePipeline.enable_group_offload)
+    enable_attention_slicing = needs_all_students(SafePipeline.enable_attention_slicing)
+    enable_xformers_memory_efficient_attention = needs_all_students(
+        SafePipeline.enable_xformers_memory_efficient_attention
+    )
 
     @property
     def students(self) -> dict[int, Student]:
-        """The students that are present, {k: unet}."""
-        return {k: getattr(self, slot) for k, slot in enumerate(SLOTS) if getattr(self, slot) is not None}
+        """The students that are present, {k: unet}; those loaded when needed are here without weights (device meta)."""
+        later = {} if self.residents is None else self.residents.shapes
+        now = {k: getattr(self, slot) for k, slot in enumerate(SLOTS) if getattr(self, slot) is not None}
+        return dict(sorted({**later, **now}.items()))
+
+    def use_student(self, k: int, function: Callable):
+        """`function(unet)` of student k, whether it is a component or loaded for this, see `ResidentStudents.use`."""
+        unet = getattr(self, SLOTS[k])
+        return self.residents.use(k, function) if unet is None else function(unet)
+
+    def in_running_order(self, students: Iterable[int]) -> list[int]:
+        """The numbers once each and ascending, but those of students that still have to be loaded last."""
+        resident = self.students if self.residents is None else self.residents.resident
+        return sorted(set(students), key=lambda k: (k not in resident, k))
+
+    def to(self, *args, **kwargs):
+        """As in diffusers; students that are loaded later follow."""
+        super().to(*args, **kwargs)
+        if self.residents is not None:
+            kwargs.pop("silence_dtype_warnings", None)
+            self.residents.to(*args, **kwargs)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the students run."""
+        return super().device if self.residents is None else self.residents.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the first student if students are loaded when needed, else of the first component."""
+        return super().dtype if self.residents is None else next(iter(self.residents.shapes.values())).dtype
 
     @property
     def components(self) -> dict:
@@ -50,15 +110,37 @@ class StudentSlots(SafePipeline):
         return {name: c for name, c in super().components.items() if c is not None or name in routed}
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path, max_resident_students: int | None = None, **kwargs):
         """As `SafePipeline.from_pretrained`; `unet_1=None` leaves student 1 out, it is not even downloaded.
 
-        (diffusers' generic `DiffusionPipeline.from_pretrained` would load it all the same.)
+        (diffusers' generic `DiffusionPipeline.from_pretrained` would load it all the same, and load all at once.)
+
+        Args:
+            pretrained_model_name_or_path: a folder, or a repo id on the Hub.
+            max_resident_students: load, and download, a student when a condition is first routed to it, and have at
+                most this many in memory; the least recently used one leaves. In [1, number of students]. None loads
+                all of them now. Calls in several threads are safe, on one CUDA stream. Students that are given
+                (`unet_1=net`, `add_student`) are not counted.
+            kwargs: as there; with `max_resident_students` only components and `residents.OPTIONS`.
 
         Raises:
             ValueError: also if a part of the router has no student and none was left out there, now or at the save.
         """
-        pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        residents, given = None, kwargs
+        if max_resident_students is not None:
+            unknown = sorted(set(kwargs) - {*OPTIONS, *inspect.signature(cls.__init__).parameters})
+            if unknown:
+                raise ValueError(
+                    f"{unknown[0]}: not possible with max_resident_students, which takes {', '.join(OPTIONS)} and "
+                    "components"
+                )
+            saved = SavedStudents(cls, pretrained_model_name_or_path, kwargs)
+            residents = ResidentStudents(saved.load, saved.shapes, max_resident_students)
+            given = saved.options_for_the_rest(kwargs)
+        pipe = super().from_pretrained(pretrained_model_name_or_path, **given)
+        if residents is not None:
+            pipe.residents = residents
+            check_students(pipe.students, pipe.router, pipe.vae, pipe.text_encoder)
         parts = range(0 if pipe.router is None else pipe.router.num_students)
         missing = [SLOTS[k] for k in parts if k not in pipe.students and SLOTS[k] not in kwargs]
         # One that was left out when the pipeline was saved is in the index, as [null, null].
@@ -70,6 +152,13 @@ class StudentSlots(SafePipeline):
                 "pass None for a slot to load the pipeline without it"
             )
         return pipe
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs):
+        """As in diffusers; ValueError for a pipeline that was loaded with `max_resident_students`."""
+        if isinstance(pipeline, StudentSlots) and pipeline.residents is not None:
+            raise ValueError("pipeline: it was loaded with max_resident_students, so its students are no components")
+        return super().from_pipe(pipeline, **kwargs)
 
     @classmethod
     def from_students(
