@@ -79,7 +79,8 @@ ARROWS: dict[str, set[str]] = {
     "hub": {"embedding_routing", "files", "routing"},
     "pipeline_inputs": {"embedding_routing", "prompts", "routing", "schedule"},
     "assembly": {"files", "pipeline_inputs", "routing", "teachers"},
-    "student_slots": {"assembly", "hub", "pipeline_inputs", "routing"},
+    "residents": {"files", "pipeline_inputs", "teachers"},
+    "student_slots": {"assembly", "hub", "pipeline_inputs", "residents", "routing"},
     "pipeline_msd": {"denoiser", "pipeline_inputs", "prompts", "routing", "schedule", "student_slots", "teachers"},
 }
 TRAINING = {

@@ -393,6 +393,12 @@ def test_variants_and_shards(tmp_path):
     tiny_pipeline(2).save_pretrained(tmp_path / "p", max_shard_size="10KB")
     assert len(list((tmp_path / "p/unet_0").glob("*.safetensors"))) > 1
     assert torch.equal(*(images(load(tmp_path / "p", n), [0, 3]) for n in (None, 1)))
+    index = tmp_path / "p/unet_1" / "diffusion_pytorch_model.safetensors.index.json"
+    whole = index.read_text()
+    index.write_text(whole[:50])
+    with pytest.raises(ValueError, match="unet_1: .* is truncated or corrupt"):
+        load(tmp_path / "p", 1)
+    index.write_text(whole)
     half = tiny_pipeline(2).to(torch.float16)
     half.unet_0.save_pretrained(tmp_path / "p/unet_0", variant="fp16")
     # Student 1 has no such variant; diffusers takes what there is, one by one.

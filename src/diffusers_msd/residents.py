@@ -24,6 +24,7 @@ from .teachers import TEACHERS
 # Options of `from_pretrained` that say where files come from.
 SOURCE_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
 OPTIONS = (*SOURCE_OPTIONS, "dtype", "variant", "use_safetensors")
+# Components that may have files of a variant, besides the students.
 OTHER_NETS = ("vae", "text_encoder", "safety_checker")
 
 
@@ -130,12 +131,15 @@ def weights_files(folder: Path, variant: str | None, slot: str) -> list[Path]:
     """The safetensors files of a model: those of the variant, or if it has none, as for diffusers, the plain ones.
 
     Raises:
-        FileNotFoundError: naming the slot.
+        FileNotFoundError, ValueError: naming the slot.
     """
     for part in ([f".{variant}"] if variant else []) + [""]:
         index = folder / SAFE_WEIGHTS_INDEX_NAME.replace(".json", f"{part}.json")
         if index.is_file():
-            return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            try:
+                return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            except (KeyError, ValueError) as error:
+                raise ValueError(f"{slot}: {index} is truncated or corrupt: {error}") from error
         whole = folder / SAFETENSORS_WEIGHTS_NAME.replace(".safetensors", f"{part}.safetensors")
         if whole.is_file():
             return [whole]

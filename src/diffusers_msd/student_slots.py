@@ -82,8 +82,8 @@ class StudentSlots(SafePipeline):
 
     def in_running_order(self, students: Iterable[int]) -> list[int]:
         """The numbers once each and ascending, but those of students that still have to be loaded last."""
-        resident = self.students if self.residents is None else self.residents.resident
-        return sorted(set(students), key=lambda k: (k not in resident, k))
+        resident = [] if self.residents is None else self.residents.resident
+        return sorted(set(students), key=lambda k: (getattr(self, SLOTS[k]) is None and k not in resident, k))
 
     def to(self, *args, **kwargs):
         """As in diffusers; students that are loaded later follow."""
