@@ -49,8 +49,9 @@ setup(
     extras_require={
         "training": training,
         "demo": ["gradio>=6.0"],
-        # Needs torchvision, which has to be built for the installed torch.
+        # These two need torchvision, which has to be built for the installed torch.
         "lpips": ["lpips>=0.1.4"],
+        "fid": ["torch-fidelity>=0.4.0"],
         "dev": [*training, "pytest>=8.0", "ruff>=0.17,<0.18"],
     },
     classifiers=[

@@ -252,6 +252,13 @@ def test_saved_pipeline_holds_one_base_and_small_adapters(tmp_path):
     assert f"| `unet`, for all | {tiny_unet().num_parameters():,} |" in card and "load_lora_weights" in card
 
 
+def test_parameters_count_the_base_once():
+    pipe, base = lora_pipeline(k=4), tiny_unet().num_parameters()
+    one = pipe.unet_0.num_parameters()
+    assert pipe.count_parameters() == (base + one, base + 4 * one)
+    assert pipe.fuse_students().count_parameters() == (base, 4 * base)
+
+
 def test_adapter_can_be_left_out_and_put_in(tmp_path):
     pipe = lora_pipeline(k=4)
     pipe.save_pretrained(tmp_path)

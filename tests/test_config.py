@@ -22,6 +22,7 @@ CONFIGURED = (
     "generate_pairs.py",
     "train_msd.py",
     "evaluate.py",
+    "make_reference.py",
     "prepare_emoji.py",
     "train_text_parts.py",
     "cache_captions.py",

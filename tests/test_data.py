@@ -2,6 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 import gzip
 import io
+import json
+import tracemalloc
+import zipfile
 
 import datasets
 import numpy as np
@@ -10,8 +13,8 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from diffusers_msd import data
-from diffusers_msd.data import DataConfig, load_images
+from diffusers_msd import data, zipped_images
+from diffusers_msd.data import DataConfig, fit_image, load_images
 
 
 def random_images(n, shape, seed=0):
@@ -290,3 +293,104 @@ def test_a_folder_without_class_folders_or_images_is_an_error(tmp_path, config):
 def test_contradicting_arguments_are_named(config, channels, resolution, error, message):
     with pytest.raises(error, match=message):
         load_images(config, channels, resolution)
+
+
+# EDM's zip
+
+
+def write_zip(path, files, labels, method=zipfile.ZIP_STORED):
+    """Files by name, and `labels` as the content of dataset.json."""
+    with zipfile.ZipFile(path, "w", method) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+        archive.writestr("dataset.json", labels if isinstance(labels, bytes) else json.dumps({"labels": labels}))
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_zip_in_edms_format_is_read_by_its_labels_and_again_from_the_cache(tmp_path, config, method):
+    images, labels = random_images(6, (8, 8, 3)), [2, 0, 1, 2, 0, 1]
+    names = [f"0000{i // 3}/img{i:08d}.png" for i in range(6)]
+    path = tmp_path / "data.zip"
+    write_zip(path, {n: encoded(image) for n, image in zip(names, images)}, list(zip(names, labels)), method)
+    for _ in range(2):
+        dataset = load_images(config(path), 3)
+        assert dataset.labels.tolist() == labels and dataset.num_classes == 3 and dataset.image_shape == (3, 8, 8)
+        pixels = dataset.__getitems__([4, 1])["images"].permute(0, 2, 3, 1)
+        assert torch.equal(pixels, torch.from_numpy(images[[4, 1]]).float() / 127.5 - 1)
+    # Another file of the same name is not taken from the cache.
+    write_zip(path, {"a.png": encoded(images[0])}, [["a.png", 0]], method)
+    assert len(load_images(config(path), 3)) == 1
+    with pytest.raises(ValueError, match="dataset_split: got 'test'"):
+        load_images(config(path, dataset_split="test"), 3)
+
+
+PNG = encoded(random_images(1, (8, 8))[0])
+MANY = [["a.png", 0]]
+
+
+@pytest.mark.parametrize(
+    "files, labels, message",
+    [
+        ({"a.png": PNG}, b"no json", "no zip with a readable dataset.json"),
+        ({"a.png": PNG}, b"[1]", "no zip with a readable dataset.json"),
+        ({"a.png": PNG}, None, "dataset.json must hold"),
+        ({"a.png": PNG}, [], "dataset.json must hold"),
+        ({"a.png": PNG}, [["a.png", 0.5]], "dataset.json must hold"),
+        ({"a.png": PNG}, [["a.png", True]], "dataset.json must hold"),
+        ({"a.png": PNG}, [["a.png", -1]], "label_column: 'label' is -1 in row 0"),
+        ({"a.png": PNG}, [["b.png", 0]], "holds no file 'b.png'"),
+        ({"a.png": PNG}, [["../../etc/passwd", 0]], "holds no file '../../etc/passwd'"),
+        ({"a.png": b"GIF89a"}, MANY, "a.png is no PNG file"),
+    ],
+)
+def test_zips_that_are_not_in_edms_format_are_errors(tmp_path, config, files, labels, message):
+    write_zip(tmp_path / "data.zip", files, labels)
+    with pytest.raises(ValueError, match=message):
+        load_images(config(tmp_path / "data.zip"), 1)
+
+
+def test_hostile_zips_are_refused_before_anything_large_is_decompressed(tmp_path, config, monkeypatch):
+    path = tmp_path / "data.zip"
+    monkeypatch.setattr(zipped_images, "MAX_IMAGE_BYTES", 10_000)
+    bomb = PNG + bytes(50_000_000)
+    write_zip(path, {"a.png": bomb}, MANY, zipfile.ZIP_DEFLATED)
+    assert path.stat().st_size < 100_000
+    with pytest.raises(ValueError, match="train_data_dir: .*a.png is larger than 10000 bytes"):
+        load_images(config(path), 1)
+    # The directory says 5,000 bytes, the stream holds 50 million.
+    content = path.read_bytes()
+    size = len(bomb).to_bytes(4, "little")
+    path.write_bytes(content.replace(size, (5000).to_bytes(4, "little")))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="train_data_dir: .*a.png is truncated or corrupt"):
+        load_images(config(path), 1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 25_000_000
+    write_zip(path, {"a.png": PNG}, MANY, zipfile.ZIP_LZMA)
+    with pytest.raises(ValueError, match="neither stored nor deflated"):
+        load_images(config(path), 1)
+    path.write_bytes(b"no zip")
+    with pytest.raises(ValueError, match="train_data_dir: .*data.zip is no zip"):
+        load_images(config(path), 1)
+    write_zip(path, {"a.png": PNG}, MANY)
+    path.write_bytes(path.read_bytes().replace(PNG[40:60], bytes(20)))
+    with pytest.raises(ValueError, match="train_data_dir: .*a.png is truncated or corrupt"):
+        load_images(config(path), 1)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="train_data_dir: .*data.zip is no folder and no zip"):
+        load_images(config(path), 1)
+
+
+def test_adm_resizing_halves_by_means_and_crops_the_center():
+    """Two halvings are exact means of 4x4 pixels; nothing is left for the bicubic filter to do."""
+    image = random_images(1, (32, 48, 3))[0]
+    got = fit_image(Image.fromarray(image), 3, 8, "adm").astype(float)
+    means = image.reshape(8, 4, 12, 4, 3).mean((1, 3))[:, 2:10]
+    # Each halving rounds to whole numbers twice, along rows and along columns.
+    assert abs(got - means).max() <= 2
+    # From 12 to 8 there is no halving: bicubic alone.
+    image = Image.fromarray(image[:12, :16])
+    expected = np.asarray(image.resize((11, 8), Image.Resampling.BICUBIC))[:, 1:9]
+    assert np.array_equal(fit_image(image, 3, 8, "adm"), expected)
+    assert not np.array_equal(fit_image(image, 3, 8), expected)

@@ -29,19 +29,23 @@ ARROWS: dict[str, set[str]] = {
     },
     # on their own
     "config": set(),
-    "evaluation": set(),
+    "inception": set(),
+    "zipped_images": set(),
     "discriminator": set(),
     "draws": set(),
     "embedding_rows": set(),
     "files": set(),
+    "inheritance": set(),
     "objectives": set(),
     "retrieval": set(),
     "schedule": set(),
-    "students": set(),
     "training_config": set(),
+    "untrusted": set(),
+    "edm_layouts": set(),
     # networks and routing
     "denoiser": {"schedule"},
     "sampling": {"denoiser"},
+    "students": {"denoiser", "inheritance"},
     "saved_component": {"files"},
     "adapters": {"saved_component"},
     "routing": {"saved_component"},
@@ -49,13 +53,15 @@ ARROWS: dict[str, set[str]] = {
     # files of teachers, runs and pictures
     "teachers": {"files"},
     "checkpoint": {"adapters", "files"},
+    "convert": {"denoiser", "edm_layouts", "files", "schedule", "teachers", "untrusted"},
     "runs": {"files"},
     "grids": {"files"},
     "plots": {"grids", "runs"},
-    "metrics": {"files"},
+    "feature_statistics": {"files"},
+    "metrics": {"feature_statistics", "files"},
     # data and conditions
     "shards": {"files"},
-    "data": {"shards"},
+    "data": {"shards", "zipped_images"},
     "pairs": {"denoiser", "files", "sampling", "shards"},
     "captions": {"data", "files", "prompts", "shards"},
     "conditions": {
@@ -77,6 +83,8 @@ ARROWS: dict[str, set[str]] = {
     "stages": {"adapters", "denoiser", "discriminator", "draws", "objectives", "stage_config"},
     "training": {"batches", "checkpoint", "draws", "files", "stages", "training_config"},
     "memory": {"adapters", "denoiser", "draws", "stages", "training_config"},
+    # results
+    "evaluation": {"data", "files", "inception", "metrics", "pairs", "shards"},
     # serving
     "prompts": set(),
     "hub": {"adapters", "embedding_routing", "files", "routing"},
@@ -102,6 +110,8 @@ TRAINING = {
     "data",
     "discriminator",
     "draws",
+    "evaluation",
+    "inception",
     "memory",
     "objectives",
     "pairs",
@@ -112,6 +122,7 @@ TRAINING = {
     "stages",
     "training",
     "training_config",
+    "zipped_images",
 }
 
 
@@ -162,7 +173,7 @@ def test_the_arrows_have_no_cycle():
 
 @pytest.mark.parametrize("module", ["pipeline_msd", "__init__"])
 def test_serving_reaches_no_training_module(module):
-    assert reached(module).isdisjoint(TRAINING | {"metrics", "plots"})
+    assert reached(module).isdisjoint(TRAINING | {"feature_statistics", "metrics", "plots", "convert", "untrusted"})
 
 
 def test_the_trainer_does_not_know_the_method():
@@ -171,7 +182,7 @@ def test_the_trainer_does_not_know_the_method():
 
 def test_importing_the_package_loads_neither_training_code_nor_its_libraries():
     unwanted = [
-        *(f"diffusers_msd.{name}" for name in sorted(TRAINING | {"metrics", "plots", "config"})),
+        *(f"diffusers_msd.{name}" for name in sorted(TRAINING | {"feature_statistics", "metrics", "plots", "config"})),
         *("datasets", "sklearn", "torchmetrics", "torchvision", "lpips", "matplotlib", "tensorboard"),
     ]
     code = f"import sys, diffusers_msd; print([m for m in {unwanted} if m in sys.modules])"
@@ -244,3 +255,19 @@ def test_nothing_is_ever_unpickled():
     files = [*PACKAGE.rglob("*.py"), *(ROOT / "training_scripts").rglob("*.py"), ROOT / "setup.py"]
     assert len(files) > len(ARROWS)
     assert {str(path.relative_to(ROOT)): found for path in files if (found := unpickling(parse(path)))} == {}
+
+
+def test_one_module_reads_pickles_and_it_does_not_run_them():
+    """`untrusted` decodes instructions by `pickletools`; it cannot import by name, nor evaluate."""
+    trees = {path.stem: parse(path) for path in PACKAGE.rglob("*.py")}
+    readers = {
+        name
+        for name, tree in trees.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import) and "pickletools" in {alias.name for alias in node.names}
+    }
+    assert readers == {"untrusted"}
+    used = {dotted(node) for node in ast.walk(trees["untrusted"]) if isinstance(node, (ast.Name, ast.Attribute))}
+    assert used.isdisjoint(
+        {"__import__", "importlib", "sys", "eval", "exec", "getattr", "setattr", "globals", "torch.load"}
+    )

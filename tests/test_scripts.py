@@ -20,6 +20,7 @@ from test_training import different, hashes, log_of, tensors_in
 
 from diffusers_msd import MultiStudentPipeline
 from diffusers_msd.metrics import FeatureNet
+from diffusers_msd.students import create_student
 from diffusers_msd.teachers import load_teacher, save_teacher
 
 
@@ -234,23 +235,24 @@ def test_run_continues_from_a_checkpoint_given_by_name(folder, teacher, pairs, s
         assert different(same_size / name, broken / name) == []
 
 
-def test_evaluation_leaves_a_table_and_pictures(folder, teacher, same_size, smaller, feature_net, capsys):
-    models = [f"teacher={teacher}", f"K=2={same_size}", f"small={smaller}"]
+def test_evaluation_leaves_a_table_and_pictures(folder, teacher, same_size, smaller, lora, feature_net, capsys):
+    models = [f"teacher={teacher}", f"K=2={same_size}", f"small={smaller}", f"lora={lora}"]
     arguments = ["--feature_net", feature_net, "--num_images", 80, "--num_inference_steps", 2, *DATA]
     assert run("evaluate.py", "--models", *models, *arguments, "--output_dir", folder / "results") == 0
     printed = capsys.readouterr().out
     results = json.loads((folder / "results" / "results.json").read_text())
     rows = {row["model"]: row for row in results["rows"]}
-    assert list(rows) == ["teacher", "K=2", "small"]
+    assert list(rows) == ["teacher", "K=2", "small", "lora"]
     for row in rows.values():
         assert row["fd"] > 0 and 0 <= row["class_accuracy"] <= 1 and 0 <= row["recall"] <= 1
         assert row["images_per_second"] > 0 and row["num_generated"] == 80 and row["num_real"] == 1797
     assert rows["K=2"]["parameters_total"] == 2 * rows["K=2"]["parameters"] == 2 * rows["teacher"]["parameters"]
     assert rows["small"]["parameters"] < rows["teacher"]["parameters"] / 2
+    assert rows["lora"]["parameters"] < rows["lora"]["parameters_total"] < 1.5 * rows["teacher"]["parameters"]
     assert rows["K=2"]["training_seconds"] > 0 and rows["teacher"]["training_seconds"] is None
     assert set(rows["K=2"]["parts"]) == {"0", "1"}
     table = (folder / "results" / "results.md").read_text()
-    assert table in printed and table.count("\n|") == 4 and "held-out accuracy" in table
+    assert table in printed and table.count("\n|") == 5 and "held-out accuracy" in table
     for name in ("samples.png", "learning_curves.png"):
         colours = picture(folder / "results" / name).convert("RGB").getcolors(2**24)
         assert len(colours) > 10, name
@@ -343,7 +345,13 @@ def tiny_teacher(path: Path, **unet) -> Path:
     (["--num_students", 0], ["num_students", "0"]),
     (["--num_students", 2, "--student_index", 2], ["student_index", "2", "0 to 1"]),
     (["--student_channels", 4, 8], ["stages", "tsm", "--allow_random_student"]),
+    (["--student_channels", 4, 8, "--student_init", "inherit"], ["stages", "tsm", "--allow_random_student"]),
     (["--student_channels", 4, 7, "--stages", "tsm", "dm"], ["student_channels", "[4, 7]"]),
+    (["--student_channels", 8, 32, "--student_init", "inherit", "--stages", "tsm"], ["student_channels", "32", "16"]),
+    (["--student_blocks", 2, "--student_init", "inherit", "--stages", "tsm"], ["student_blocks", "2"]),
+    (["--student_init", "sliced"], ["student_init", "sliced"]),
+    (["--student_preset", "sd15-83"], ["student_preset", "UNet2DConditionModel", "[8, 16]"]),
+    (["--student_preset", "imagenet64-42", "--student_blocks", 1], ["student_preset", "student_blocks"]),
     (["--student_channels", 4, "--stages", "tsm", "dm"], ["student_channels", "[4]", "2"]),
     (["--student_blocks", 0, "--stages", "tsm", "dm"], ["student_blocks", "0"]),
     (["--student_type", "lora", "--rank", 0], ["rank", "0"]),
@@ -386,9 +394,14 @@ def test_dm_without_regression_needs_no_pairs(teacher, tmp_path):
     assert MultiStudentPipeline.from_pretrained(tmp_path).students.keys() == {0}
 
 
-def test_smaller_student_without_tsm_may_be_asked_for(teacher, pairs, tmp_path):
+@pytest.mark.parametrize("init", ["random", "inherit"])
+def test_smaller_student_without_tsm_may_be_asked_for(init, teacher, pairs, tmp_path):
     arguments = ["--student_channels", 4, 8, "--stages", "dm", "--allow_random_student", "--max_train_steps", 1]
+    arguments += ["--student_init", init, "--learning_rate", 0, "--ema_decay", 0]
     assert distil(teacher, pairs, tmp_path, *arguments) == 0
+    model = MultiStudentPipeline.from_pretrained(tmp_path).students[0]
+    inherited = create_student(load_teacher(teacher)[0], [4, 8], init="inherit")
+    assert torch.equal(model.conv_in.weight, inherited.conv_in.weight) == (init == "inherit")
 
 
 def test_pairs_of_another_teacher_are_refused(teacher, pairs, tmp_path, capsys):

@@ -5,29 +5,47 @@
     python training_scripts/evaluate.py --models teacher=runs/digits_teacher K=1=runs/digits_k1 K=2=runs/digits_k2 \
         --dataset_name digits --feature_net training_scripts/assets/features-digits --output_dir runs/digits_results
 
-Classes are exactly balanced, and image i of a class has the same noise for every model and every batch size. Writes
-results.json, results.md, samples.png, and learning_curves.png if a model's folder holds the logs of its training.
+Classes are exactly balanced, and image i has the same class and noise for every model, every batch size and any number
+of processes (`accelerate launch --num_processes n`). Instead of a data set, `--reference` takes the statistics of one:
+of make_reference.py, or EDM's with `--feature_net inception`. Then the Fréchet distance is the only metric.
+
+Writes results.json, results.md, samples.png, and learning_curves.png if a model's folder holds the logs of its training.
 """
 
 import json
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 
 from diffusers_msd import MultiStudentPipeline
+from diffusers_msd.conditions import conditions_for
 from diffusers_msd.config import parse_config, run_script
-from diffusers_msd.data import DataConfig, load_images
+from diffusers_msd.data import DataConfig, ImageDataset, load_images
 from diffusers_msd.denoiser import denoiser_for, sample_shape
-from diffusers_msd.evaluation import generate, markdown_table, named_folders
-from diffusers_msd.files import atomic_write, check_writable, load_model, write_json
-from diffusers_msd.metrics import FeatureNet, describe_feature_net, evaluate_images
+from diffusers_msd.evaluation import (
+    dataset_features,
+    generate,
+    generate_features,
+    markdown_table,
+    named_folders,
+    open_feature_net,
+)
+from diffusers_msd.feature_statistics import FeatureStatistics, load_statistics
+from diffusers_msd.files import atomic_write, check_writable, fingerprint, model_fingerprint, write_json
+from diffusers_msd.metrics import FeatureNet, describe_feature_net, evaluate_features, frechet_distance, part_masks
 from diffusers_msd.pairs import pair_noise, pair_seeds
 from diffusers_msd.plots import plot_learning_curves, plot_samples
 from diffusers_msd.runs import training_record
 from diffusers_msd.sampling import sample_heun
 from diffusers_msd.schedule import NoiseSchedule
 from diffusers_msd.teachers import load_teacher
+
+
+# Features of a run that is not finished, in the output folder.
+FEATURES = ".features"
 
 
 @dataclass
@@ -37,106 +55,188 @@ class EvaluationConfig:
     models: list[str] = field(
         metadata={"help": "name=folder (or Hub id) of a teacher or pipeline, each; no = in the folder."}
     )
-    feature_net: str = field(metadata={"help": "Folder of the feature network the metrics are computed on."})
+    feature_net: str = field(
+        metadata={"help": "What the metrics are computed on: folder of a feature network, or inception (extra `fid`)."}
+    )
     output_dir: str = field(metadata={"help": "Folder of the results."})
+    reference: str | None = field(
+        default=None,
+        metadata={"help": "Statistics of the real images (.npz with mu and sigma) instead of a data set."},
+    )
     num_images: int = field(default=5000, metadata={"help": "Images per model, a multiple of the number of classes."})
     num_inference_steps: int = field(default=18, metadata={"help": "Heun steps of the teacher."})
     sample_batch_size: int = field(default=256, metadata={"help": "Images per batch, for quality and speed."})
     seed: int = field(default=1_000_000, metadata={"help": "Seed of the evaluation's noise."})
-    device: str = field(
-        default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "Where to generate."}
-    )
+
+    def __post_init__(self):
+        for name in ("sample_batch_size", "num_images"):
+            if vars(self)[name] < 1:
+                raise ValueError(f"{name}: at least 1 expected, got {vars(self)[name]}")
 
 
 class Teacher:
     """A many-step teacher, called like a pipeline."""
 
-    def __init__(self, path: str, num_steps: int, device: str):
+    parts = None
+
+    def __init__(self, path: str, num_steps: int, device: torch.device):
         self.model, scheduler = load_teacher(path)
+        self.num_classes = len(conditions_for(self.model, path).values)
+        self.scheduler, self.num_steps = scheduler, num_steps
         self.denoiser = denoiser_for(self.model.to(device), NoiseSchedule.from_scheduler(scheduler))
-        self.num_steps = num_steps
+        self.parameters = self.parameters_total = self.model.num_parameters()
 
     def sample(self, z: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return sample_heun(self.denoiser, z, labels, self.num_steps)
 
-    def parts(self):
-        return None
-
-    def parameters(self) -> list[int]:
-        return [self.model.num_parameters()]
+    def made_by(self) -> dict:
+        return {"model": model_fingerprint(self.model, self.scheduler), "num_inference_steps": self.num_steps}
 
 
 class Students:
     """A pipeline of one-step students."""
 
-    def __init__(self, path: str, device: str):
+    def __init__(self, path: str, device: torch.device):
         self.pipe = MultiStudentPipeline.from_pretrained(path).to(device)
         self.pipe.set_progress_bar_config(disable=True)
-        self.model = self.pipe.students[0]
+        self.model, router = self.pipe.students[0], self.pipe.router
+        self.num_classes = len(router.class_to_student)
+        several = router.num_students > 1
+        self.parts = {k: router.classes(k) for k in range(router.num_students)} if several else None
+        self.parameters, self.parameters_total = self.pipe.count_parameters()
 
     def sample(self, z: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return self.pipe(class_labels=labels, latents=z, output_type="latent").images
 
-    def parts(self):
-        router = self.pipe.router
-        return {k: router.classes(k) for k in range(router.num_students)} if router.num_students > 1 else None
-
-    def parameters(self) -> list[int]:
-        return [unet.num_parameters() for unet in self.pipe.students.values()]
+    def made_by(self) -> dict:
+        students = {str(k): model_fingerprint(unet, self.pipe.scheduler) for k, unet in self.pipe.students.items()}
+        return {"model": fingerprint({"router": self.pipe.router.class_to_student}, students)}
 
 
-def open_model(path: str, config: EvaluationConfig):
-    """A folder with unet/ and scheduler/ is a teacher, everything else is loaded as a pipeline."""
-    if (Path(path) / "unet").is_dir():
-        return Teacher(path, config.num_inference_steps, config.device)
-    return Students(path, config.device)
+def model_features(model: Teacher | Students, name: str, config: EvaluationConfig, net, net_name: str, state) -> tuple:
+    """`generate_features` of one model."""
+    if isinstance(net, FeatureNet) and net.config.num_classes < model.num_classes:
+        raise ValueError(f"feature_net: it knows {net.config.num_classes} classes, {name} has {model.num_classes}")
+    index = {
+        "num_images": config.num_images,
+        "num_classes": model.num_classes,
+        "seed": config.seed,
+        "feature_net": net_name,
+        **model.made_by(),
+    }
+    folder = Path(config.output_dir) / FEATURES / name
+    shape = sample_shape(model.model)
+    return generate_features(model.sample, net, folder, index, shape, config.sample_batch_size, state)
 
 
-def evaluate(name: str, path: str, config: EvaluationConfig, feature_net, real: dict, samples: dict) -> dict:
-    """One model's row; a row of samples per class is added to `samples`."""
-    model = open_model(path, config)
-    num_classes = model.model.config.num_class_embeds
-    if config.num_images % num_classes or config.num_images < 4 * num_classes:
+def quality(features, correct, reference: ImageDataset | FeatureStatistics, real, masks) -> dict:
+    """The metrics of one model: all of them against a data set, the distance alone against statistics."""
+    if isinstance(reference, ImageDataset):
+        return evaluate_features(features, correct, real, masks)
+    row = {"fd": frechet_distance(reference, features), "num_generated": len(features)}
+    return row if correct is None else {**row, "class_accuracy": correct.double().mean().item()}
+
+
+def open_model(path: str, config: EvaluationConfig, device: torch.device) -> Teacher | Students:
+    """A folder without router/ is a teacher, everything else is loaded as a pipeline.
+
+    Raises:
+        ValueError: its classes do not divide the number of images, or are too many.
+    """
+    is_teacher = (Path(path) / "unet").is_dir() and not (Path(path) / "router").is_dir()
+    model = Teacher(path, config.num_inference_steps, device) if is_teacher else Students(path, device)
+    if config.num_images % model.num_classes or config.num_images < 4 * model.num_classes:
         raise ValueError(
-            f"num_images: a multiple of the {num_classes} classes and at least {4 * num_classes} expected, "
+            f"num_images: a multiple of the {model.num_classes} classes and at least {4 * model.num_classes} expected, "
             f"got {config.num_images}"
         )
-    labels = torch.arange(config.num_images) % num_classes
-    z = pair_noise(pair_seeds(config.seed, range(config.num_images)), sample_shape(model.model))
-    images, speed = generate(model.sample, z, labels, config.sample_batch_size, config.device)
-    samples[name] = images[: num_classes * 4].reshape(4, num_classes, *images.shape[1:]).transpose(0, 1)
-    row = evaluate_images(feature_net, images, labels, real["images"], real["cond"], model.parts())
-    parameters = model.parameters()
-    return {
-        "model": name,
-        **row,
-        "parameters": max(parameters),
-        "parameters_total": sum(parameters),
-        "training_seconds": training_record(Path(path)).get("seconds"),
-        "images_per_second": speed,
-    }
+    return model
+
+
+def open_reference(config: EvaluationConfig, data: DataConfig, shape: tuple, feature_net, name: str, device):
+    """What the models are compared with, a data set or statistics, and one line that says so.
+
+    Raises:
+        FileNotFoundError, ValueError: neither or both, or statistics of another feature network.
+    """
+    if config.reference is None:
+        dataset = load_images(data, shape[0], shape[1])
+        return dataset, f"{len(dataset)} real ones"
+    if data.dataset_name is not None or data.train_data_dir is not None:
+        raise ValueError("reference: it takes the place of a data set; leave dataset_name and train_data_dir out")
+    reference, sha256 = load_statistics(config.reference, "reference")
+    if reference.feature_net not in (None, name):
+        raise ValueError(f"reference: {config.reference} was made with {reference.feature_net}, feature_net is {name}")
+    with torch.no_grad():
+        width = feature_net(torch.zeros(1, *shape, device=device))[0].shape[1]
+    if width != len(reference.mean):
+        raise ValueError(
+            f"reference: {config.reference} is of {len(reference.mean)} features, feature_net gives {width}"
+        )
+    return reference, f"the statistics {Path(config.reference).name} (SHA-256 {sha256})"
+
+
+def shown_images(model: Teacher | Students, config: EvaluationConfig, device: torch.device) -> torch.Tensor:
+    """Four of the evaluated images of each class, of ten classes at most: [classes, 4, C, H, W]."""
+    classes = shown_classes(model.num_classes)
+    rows = [int(c) + j * model.num_classes for c in classes for j in range(4)]
+    shape = sample_shape(model.model)
+    z = torch.cat([pair_noise(pair_seeds(config.seed, range(row, row + 1)), shape) for row in rows])
+    images, _ = generate(model.sample, z, classes.repeat_interleave(4), config.sample_batch_size, device)
+    return images.reshape(len(classes), 4, *images.shape[1:])
+
+
+def shown_classes(num_classes: int) -> torch.Tensor:
+    return torch.linspace(0, num_classes - 1, min(num_classes, 10)).long()
 
 
 def main():
     config, data = parse_config([EvaluationConfig, DataConfig], __doc__)
     models = named_folders(config.models)
-    if config.sample_batch_size < 1:
-        raise ValueError(f"sample_batch_size: at least 1 expected, got {config.sample_batch_size}")
+    # Said outright: left to itself it sees one process where several were launched on CPUs.
+    state = PartialState(cpu=not torch.cuda.is_available())
     output_dir = check_writable(config.output_dir, "output_dir")
-    feature_net = load_model(FeatureNet, config.feature_net, "feature_net").to(config.device).eval()
-    shape = sample_shape(open_model(next(iter(models.values())), config).model)
-    dataset = load_images(data, shape[0], shape[1])
-    real = dataset.__getitems__(range(len(dataset)))
+    feature_net, net_name = open_feature_net(config.feature_net, state.device)
+    shape = sample_shape(open_model(next(iter(models.values())), config, state.device).model)
+    reference, against = open_reference(config, data, shape, feature_net, net_name, state.device)
+    described = describe_feature_net(feature_net) if isinstance(feature_net, FeatureNet) else net_name
 
-    samples: dict[str, torch.Tensor] = {}
-    rows = [evaluate(name, path, config, feature_net, real, samples) for name, path in models.items()]
-    described = describe_feature_net(feature_net)
-    protocol = f"{config.num_images} images per model against {len(dataset)} real ones; {described}"
+    made, rows, samples = [], [], {}
+    for name, path in models.items():
+        model = open_model(path, config, state.device)
+        masks = None
+        if isinstance(reference, ImageDataset):
+            # Refuses parts without enough images before any is generated.
+            labels = torch.arange(config.num_images) % model.num_classes
+            masks = part_masks(labels, reference.labels, model.parts)
+        made.append((model_features(model, name, config, feature_net, net_name, state), masks))
+        if state.is_main_process:
+            samples[name] = shown_images(model, config, state.device)
+        rows.append(
+            {
+                "model": name,
+                "parameters": model.parameters,
+                "parameters_total": model.parameters_total,
+                "training_seconds": training_record(Path(path)).get("seconds"),
+            }
+        )
+    if not state.is_main_process:
+        return
+    real = None
+    if isinstance(reference, ImageDataset):
+        real = torch.cat(list(dataset_features(feature_net, reference, config.sample_batch_size)))
+    for row, ((features, correct, speed), masks) in zip(rows, made):
+        row |= quality(features, correct, reference, real, masks)
+        row["images_per_second"] = speed
+
+    protocol = f"{config.num_images} images per model against {against}; {described}"
     table = f"{markdown_table(rows)}\n\n{protocol}\n"
     write_json(output_dir / "results.json", {"rows": rows, "protocol": protocol, "config": vars(config)})
     atomic_write(output_dir / "results.md", table)
-    plot_samples(samples, output_dir / "samples.png")
+    classes = [f"class {c}" for c in shown_classes(model.num_classes)]
+    plot_samples(samples, output_dir / "samples.png", classes)
     plot_learning_curves({name: Path(path) for name, path in models.items()}, output_dir / "learning_curves.png")
+    shutil.rmtree(output_dir / FEATURES)
     print(table)
     print(json.dumps({"files": sorted(p.name for p in output_dir.iterdir())}))
 

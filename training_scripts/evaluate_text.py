@@ -65,7 +65,7 @@ class Teacher:
         schedule = NoiseSchedule.from_scheduler(scheduler)
         self.denoiser = denoiser_for(self.unet.to(config.device), schedule, null_cond=self.conditions.null)
         self.decode, self.config = self.conditions.decoder(config.device), config
-        self.parameters = [self.unet.num_parameters()]
+        self.parameters = self.parameters_total = self.unet.num_parameters()
 
     def sample(self, z: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         cond = self.conditions.values[labels.cpu()].to(z.device)
@@ -80,7 +80,7 @@ class Students:
         self.pipe = MultiStudentPipeline.from_pretrained(path).to(config.device)
         self.pipe.set_progress_bar_config(disable=True)
         self.unet, self.router, self.captions = self.pipe.students[0], self.pipe.router, captions
-        self.parameters = [unet.num_parameters() for unet in self.pipe.students.values()]
+        self.parameters, self.parameters_total = self.pipe.count_parameters()
 
     def sample(self, z: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         prompts = [self.captions[i] for i in labels.tolist()]
@@ -132,8 +132,8 @@ def evaluate(name: str, path: str, model, judge: CaptionJudge, labels, real: dic
     return {
         "model": name,
         **row,
-        "parameters": max(model.parameters),
-        "parameters_total": sum(model.parameters),
+        "parameters": model.parameters,
+        "parameters_total": model.parameters_total,
         "training_seconds": training_record(Path(path)).get("seconds"),
         "images_per_second": speed,
     }

@@ -38,7 +38,13 @@ from diffusers_msd.runs import claim_run
 from diffusers_msd.schedule import NoiseSchedule
 from diffusers_msd.stage_config import StageConfig
 from diffusers_msd.stages import STAGES, build_stage
-from diffusers_msd.students import StudentConfig, check_student, create_student, is_same_architecture
+from diffusers_msd.students import (
+    StudentConfig,
+    check_preset,
+    check_student,
+    create_student,
+    is_same_architecture,
+)
 from diffusers_msd.teachers import load_teacher, load_teacher_shape
 from diffusers_msd.training import Trainer
 from diffusers_msd.training_config import TrainingConfig, autocast_dtype, create_accelerator
@@ -60,7 +66,7 @@ class MSDConfig:
     )
     pairs_dir: str | None = field(default=None, metadata={"help": "Pairs of generate_pairs.py, for the DM stage."})
     allow_random_student: bool = field(
-        default=False, metadata={"help": "Start a smaller student without the TSM stage, from random weights."}
+        default=False, metadata={"help": "Start a smaller student without the TSM stage."}
     )
     validation_feature_net: str | None = field(
         default=None, metadata={"help": "Feature network whose Fréchet distance is logged at each validation."}
@@ -108,22 +114,26 @@ def check_config(
         )
     if stage_config.guidance_scale not in (None, 1) and conditions.null is None:
         raise ValueError(
-            f"guidance_scale: class-conditional teachers have no null condition, leave it out; "
+            f"guidance_scale: this teacher has no null condition (a class that stands for none), leave it out; "
             f"got {stage_config.guidance_scale}"
         )
+    if student.student_preset is not None:
+        check_preset(student.student_preset, teacher)
     try:
-        candidate = create_student(teacher, student.student_channels, student.student_blocks)
+        candidate = create_student(
+            teacher, student.student_channels, student.student_blocks, init=student.student_init
+        )
     except ValueError as error:
         # It speaks of its own arguments, channels and blocks.
         raise ValueError(f"student_{error}") from error
     check_student(candidate, teacher)
-    if adapter.student_type == "lora" and not is_same_architecture(candidate, teacher):
+    other_size = not is_same_architecture(candidate, teacher)
+    if adapter.student_type == "lora" and other_size:
         raise ValueError("student_type: lora students have the teacher's size, leave student_channels and _blocks out")
-    random_start = not is_same_architecture(candidate, teacher)
-    if random_start and config.stages[0] != "tsm" and not config.allow_random_student:
+    if other_size and config.stages[0] != "tsm" and not config.allow_random_student:
         raise ValueError(
-            "stages: a student of another size than the teacher starts from random weights and needs the tsm stage "
-            "first: --stages tsm dm adm; --allow_random_student starts it without"
+            "stages: a student of another size than the teacher is no denoiser yet, even with inherited weights, and "
+            "needs the tsm stage first: --stages tsm dm adm; --allow_random_student starts it without"
         )
 
 
@@ -251,6 +261,7 @@ class Run:
             "student_channels": self.student.student_channels,
             "student_blocks": self.student.student_blocks,
             **asdict(self.adapter),
+            "student_init": self.student.student_init,
             "seed": self.training.seed,
         }
 
@@ -312,8 +323,9 @@ class Run:
         if adapter.student_type == "lora":
             student = lora_network(base, lora, derive_seed(seed, "student", k))
         else:
-            channels, blocks = self.student.student_channels, self.student.student_blocks
-            student = create_student(self.teacher_model, channels, blocks, derive_seed(seed, "student", k))
+            size = self.student.student_channels, self.student.student_blocks
+            seed_k = derive_seed(seed, "student", k)
+            student = create_student(self.teacher_model, *size, seed_k, self.student.student_init)
         if adapter.fake_score_type == "lora":
             fake_score = lora_network(base, lora, derive_seed(seed, "fake_score", k))
         else:
@@ -369,6 +381,8 @@ def dry_run(
     """Prints what each stage of one student will need, on networks without weights."""
     path = config.pretrained_teacher_model
     teacher, scheduler = load_teacher_shape(path)
+    if student.student_preset is not None:
+        check_preset(student.student_preset, teacher)
     cond = CONDITIONS[type(teacher)].example(teacher, path)
     schedule, dtype = NoiseSchedule.from_scheduler(scheduler), autocast_dtype(training)
 
@@ -387,6 +401,9 @@ def dry_run(
     )
     for i, name in enumerate(config.stages):
         settings, run = for_stage(stage, i, len(config.stages)), for_stage(training, i, len(config.stages))
+        # A perceptual distance brings a network with weights, which a dry run does without.
+        uncounted = settings.regression_distance if settings.regression_distance in PERCEPTUAL else None
+        settings = settings if uncounted is None else replace(settings, regression_distance="l2")
         nets = (
             denoiser(adapter.student_type, student.student_channels, student.student_blocks),
             frozen,
@@ -394,6 +411,8 @@ def dry_run(
         )
         estimate = estimate_memory(build_stage(name, *nets, cond, settings), run, cond)
         print(f"\n--- {name} ---\n{format_estimate(estimate, run.max_train_steps[0], config.dry_run_tflops)}")
+        if name == "dm" and uncounted is not None and settings.regression_weight > 0:
+            print(f"not counted: the network of the {uncounted} distance (and of latents, the VAE before it)")
     if cond.ndim > 1:
         disk = cache_bytes(sample_shape(teacher), cond, 1_000_000)
         print("\ncache of a million captions: " + ", ".join(f"{k} {v / 1e9:.0f} GB" for k, v in disk.items()))

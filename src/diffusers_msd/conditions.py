@@ -27,7 +27,7 @@ from transformers import CLIPTextConfig
 
 from .captions import CaptionCache, vae_fingerprint
 from .data import DataConfig, ImageDataset, load_images
-from .denoiser import sample_shape
+from .denoiser import null_class, num_classes, sample_shape
 from .embedding_routing import EmbeddingRouter
 from .files import atomic_write
 from .pairs import CLASSES
@@ -73,14 +73,15 @@ class ConditionConfig:
 class ClassConditions:
     """The classes of a class-conditional `UNet2DModel`."""
 
-    null = None
     identity = CLASSES
     router_class = ClassRouter
     default_partition = "consecutive"
     partitions = {
         "consecutive": lambda self, k, seed: ClassRouter.consecutive(len(self.values), k),
         "random": lambda self, k, seed: ClassRouter.random(len(self.values), k, seed),
-        "kmeans": lambda self, k, seed: ClassRouter.from_embeddings(self.teacher.class_embedding.weight, k),
+        "kmeans": lambda self, k, seed: ClassRouter.from_embeddings(
+            self.teacher.class_embedding.weight[: len(self.values)], k
+        ),
     }
 
     @staticmethod
@@ -93,7 +94,7 @@ class ClassConditions:
                 "captions_dir, validation_prompts: this teacher is class-conditional, it knows no captions"
             )
         self.teacher = teacher
-        self.values = torch.arange(teacher.config.num_class_embeds)
+        self.values, self.null = torch.arange(num_classes(teacher)), null_class(teacher)
 
     def assign(self, router: ConditionRouter) -> torch.Tensor:
         return router(class_labels=self.values)
@@ -111,7 +112,8 @@ class ClassConditions:
         return images
 
     def shown(self, router: ConditionRouter, k: int, rows: torch.Tensor) -> torch.Tensor:
-        return self.values[rows]
+        # Of a part of 250 classes the grid would have 2,000 images.
+        return self.values[rows[torch.linspace(0, len(rows) - 1, min(16, len(rows))).long()]]
 
     def decoder(self, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
         return lambda samples: samples

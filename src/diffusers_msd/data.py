@@ -19,6 +19,7 @@ import torch
 from PIL import Image, ImageOps
 
 from .shards import Rows
+from .zipped_images import load_zip
 
 
 # Where Debian's package dataset-fashion-mnist puts the four IDX files.
@@ -44,7 +45,7 @@ class DataConfig:
         default=None,
         metadata={
             "help": "Local folder: class folders of images, images with metadata.jsonl, *.parquet, webdataset *.tar, or IDX "
-            "files (*-ubyte[.gz])."
+            "files (*-ubyte[.gz]); or a zip in EDM's format (PNG files and dataset.json)."
         },
     )
     image_column: str = field(default="image", metadata={"help": "Column of the images (Hub and parquet)."})
@@ -57,6 +58,13 @@ class DataConfig:
     )
     resize: bool = field(
         default=False, metadata={"help": "Resize, center-crop and convert images of another size or mode."}
+    )
+    resize_method: str = field(
+        default="lanczos",
+        metadata={
+            "help": "How: lanczos, as EDM's ImageNet-64, or adm, as Dhariwal and Nichol's (halved by means, then bicubic).",
+            "choices": ["lanczos", "adm"],
+        },
     )
     max_train_samples: int | None = field(
         default=None, metadata={"help": "Use only so many images, drawn once at random with a fixed seed."}
@@ -139,8 +147,8 @@ def load_images(config: DataConfig, channels: int, resolution: int | None = None
     they are, with a frame of 2 background pixels for 32, or as the 2x2 means of those 32x32 images for 16.
 
     Args:
-        config: what to read; with `config.resize` every image is resized (its shorter side, Lanczos), center-cropped
-            and converted.
+        config: what to read; with `config.resize` every image is resized (its shorter side, see `fit_image`),
+            center-cropped and converted.
         channels: 1, 3 or 4 (modes L, RGB, RGBA).
         resolution: side in pixels, as the model needs it; default: `config.resolution`, else the data's own.
 
@@ -161,13 +169,18 @@ def load_images(config: DataConfig, channels: int, resolution: int | None = None
         raise ValueError(f"resolution: got {resolution}; at least 1 pixel is needed")
     if config.max_train_samples is not None and config.max_train_samples < 1:
         raise ValueError(f"max_train_samples: got {config.max_train_samples}; at least 1 is needed")
-    if config.train_data_dir is not None and not Path(config.train_data_dir).is_dir():
-        raise FileNotFoundError(f"train_data_dir: {config.train_data_dir} is no folder; an existing one is needed")
+    folder = config.train_data_dir
+    if folder is not None and not Path(folder).is_dir() and not _is_zip(folder):
+        raise FileNotFoundError(f"train_data_dir: {folder} is no folder and no zip; an existing one is needed")
     dataset = _open(config, channels, resolution)
     if config.max_train_samples is not None and config.max_train_samples < len(dataset):
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
         dataset = dataset._select(order[: config.max_train_samples].sort().values, "max_train_samples")
     return dataset
+
+
+def _is_zip(path: str) -> bool:
+    return path.endswith(".zip") and Path(path).is_file()
 
 
 def _open(config: DataConfig, channels: int, resolution: int | None) -> ImageDataset:
@@ -178,6 +191,10 @@ def _open(config: DataConfig, channels: int, resolution: int | None) -> ImageDat
         raise ValueError(f"train_data_dir: got {folder} beside dataset_name {name!r}; only one of the two is allowed")
     if name == "digits":
         return _digits(config, channels, resolution)
+    if folder is not None and _is_zip(folder):
+        if config.dataset_split != "train":
+            raise ValueError(f"dataset_split: got {config.dataset_split!r}; a zip has only 'train', all its images")
+        return _from_hf(load_zip(folder, config.cache_dir), config, channels, resolution)
     if name == "fashion_mnist" and folder is None and not FASHION_MNIST_DIR.is_dir():
         images = _from_hf(load_hf(config, "zalando-datasets/fashion_mnist"), config, channels=1, resolution=28)
         pixels = images.__getitems__(range(len(images)))["images"][:, 0].add(1).mul(127.5).round().byte().numpy()
@@ -206,7 +223,8 @@ def _from_arrays(images, labels, white, config, channels, resolution) -> ImageDa
                 f"{_MODES[channels]} is needed; set resize to convert them"
             )
         grey = np.rint(images * (255 / white)).astype(np.uint8)
-        images, white = np.stack([fit_image(Image.fromarray(image), channels, resolution) for image in grey]), 255
+        fitted = [fit_image(Image.fromarray(image), channels, resolution, config.resize_method) for image in grey]
+        images, white = np.stack(fitted), 255
     pixels = torch.from_numpy(images).reshape(-1, resolution, resolution, channels).permute(0, 3, 1, 2).contiguous()
     labels = torch.from_numpy(labels.astype(np.int64))
     read = partial(_read_array, pixels, white)
@@ -305,7 +323,7 @@ def _from_hf(dataset, config: DataConfig, channels: int, resolution: int | None)
             image, where = open_image(record, row)
             with image:
                 _check_image(image, where, channels, resolution)
-    read = partial(_read_hf, dataset, channels, resolution)
+    read = partial(_read_hf, dataset, channels, resolution, config.resize_method)
     return ImageDataset(read, labels, num_classes, (channels, resolution, resolution))
 
 
@@ -324,12 +342,12 @@ def _hf_labels(dataset, column: str) -> tuple[torch.Tensor, int]:
     return torch.from_numpy(labels.astype(np.int64)), num_classes
 
 
-def _read_hf(dataset, channels: int, resolution: int, rows: list[int]) -> torch.Tensor:
+def _read_hf(dataset, channels: int, resolution: int, method: str, rows: list[int]) -> torch.Tensor:
     images = []
     for row, record in zip(rows, dataset[rows]["image"]):
         image, where = open_image(record, row)
         try:
-            images.append(fit_image(image, channels, resolution))
+            images.append(fit_image(image, channels, resolution, method))
         except (OSError, SyntaxError) as error:
             raise ValueError(f"image_column: {where} is truncated or corrupt ({error})") from error
     return as_pixels(images)
@@ -373,9 +391,24 @@ def _check_image(image: Image.Image, where: str, channels: int, resolution: int)
         )
 
 
-def fit_image(image: Image.Image, channels: int, resolution: int) -> np.ndarray:
-    """Turned upright; if need be converted, shorter side resized and center-cropped: uint8 [H, W, C]."""
+def fit_image(image: Image.Image, channels: int, resolution: int, method: str = "lanczos") -> np.ndarray:
+    """Turned upright; if need be converted, shorter side resized and center-cropped: uint8 [H, W, C].
+
+    Args:
+        image: of any size and mode.
+        channels, resolution: of the result.
+        method: "lanczos", or "adm": halved by 2x2 means while that stays at least as large, then bicubic, as ImageNet-64
+            was made for ADM (arXiv 2105.05233).
+    """
     image = ImageOps.exif_transpose(image).convert(_MODES[channels])
-    if image.size != (resolution, resolution):
-        image = ImageOps.fit(image, (resolution, resolution), method=Image.Resampling.LANCZOS)
+    size = (resolution, resolution)
+    if image.size != size and method == "adm":
+        while min(image.size) >= 2 * resolution:
+            image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+        scale = resolution / min(image.size)
+        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+        left, top = (image.width - resolution) // 2, (image.height - resolution) // 2
+        image = image.crop((left, top, left + resolution, top + resolution))
+    elif image.size != size:
+        image = ImageOps.fit(image, size, method=Image.Resampling.LANCZOS)
     return np.asarray(image).reshape(resolution, resolution, channels)

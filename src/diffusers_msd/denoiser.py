@@ -9,6 +9,11 @@ from torch import nn
 from .schedule import NoiseSchedule
 
 
+# Of the config of a class-conditional net: the label that stands for "no class", the last row of its embedding. The net
+# was trained with it for guidance; it is no class to be made. diffusers keeps such private fields and ignores them.
+NULL_CLASS = "_null_class"
+
+
 class _Tapped(Exception):
     """Leaves a forward pass once the tapped features are known, so the decoder never runs."""
 
@@ -166,3 +171,13 @@ def sample_shape(model: ModelMixin) -> tuple[int, int, int]:
     """(C, H, W) of a model's samples; `sample_size` may be one number or (H, W)."""
     size = model.config.sample_size
     return (model.config.in_channels, *((size, size) if isinstance(size, int) else size))
+
+
+def num_classes(model: UNet2DModel) -> int | None:
+    """How many classes a model makes, the null class not counted; None if it is not class-conditional."""
+    return model.config[NULL_CLASS] if NULL_CLASS in model.config else model.config.num_class_embeds
+
+
+def null_class(model: UNet2DModel) -> torch.Tensor | None:
+    """The label that stands for "no class", LongTensor []; None if the model has none."""
+    return torch.tensor(model.config[NULL_CLASS]) if NULL_CLASS in model.config else None

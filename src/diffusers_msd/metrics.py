@@ -15,6 +15,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
+from .feature_statistics import FeatureStatistics
 from .files import fingerprint
 
 
@@ -24,23 +25,25 @@ Array = Union[torch.Tensor, np.ndarray]
 _BLOCK_ELEMENTS = 2**24
 
 
+def _feature_array(array: Array, name: str, min_samples: int) -> torch.Tensor:
+    """A finite float64 `[N, D]` tensor, or an error naming the argument."""
+    if not isinstance(array, (torch.Tensor, np.ndarray)):
+        raise TypeError(f"`{name}` must be a torch.Tensor or a numpy.ndarray of shape [N, D], got {type(array)}.")
+    tensor = torch.as_tensor(array).detach()
+    if tensor.is_complex():
+        raise TypeError(f"`{name}` must hold real numbers, got dtype {tensor.dtype}.")
+    if tensor.ndim != 2 or tensor.shape[1] == 0:
+        raise ValueError(f"`{name}` must have shape [N, D] with D >= 1, got {tuple(tensor.shape)}.")
+    if tensor.shape[0] < min_samples:
+        raise ValueError(f"`{name}` must hold at least {min_samples} samples, got {tensor.shape[0]}.")
+    if bad := int((~torch.isfinite(tensor)).any(dim=1).sum()):
+        raise ValueError(f"`{name}` must be finite, got NaN or infinity in {bad} of {tensor.shape[0]} samples.")
+    return tensor.to(torch.float64)
+
+
 def _feature_pair(real: Array, generated: Array, min_samples: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Both arrays as finite float64 `[N, D]` tensors on the device of `real`, or an error naming the argument."""
-    tensors = []
-    for name, array in (("real", real), ("generated", generated)):
-        if not isinstance(array, (torch.Tensor, np.ndarray)):
-            raise TypeError(f"`{name}` must be a torch.Tensor or a numpy.ndarray of shape [N, D], got {type(array)}.")
-        tensor = torch.as_tensor(array).detach()
-        if tensor.is_complex():
-            raise TypeError(f"`{name}` must hold real numbers, got dtype {tensor.dtype}.")
-        if tensor.ndim != 2 or tensor.shape[1] == 0:
-            raise ValueError(f"`{name}` must have shape [N, D] with D >= 1, got {tuple(tensor.shape)}.")
-        if tensor.shape[0] < min_samples:
-            raise ValueError(f"`{name}` must hold at least {min_samples} samples, got {tensor.shape[0]}.")
-        if bad := int((~torch.isfinite(tensor)).any(dim=1).sum()):
-            raise ValueError(f"`{name}` must be finite, got NaN or infinity in {bad} of {tensor.shape[0]} samples.")
-        tensors.append(tensor.to(torch.float64))
-    real, generated = tensors
+    real, generated = _feature_array(real, "real", min_samples), _feature_array(generated, "generated", min_samples)
     if real.shape[1] != generated.shape[1]:
         raise ValueError(f"`generated` must have the {real.shape[1]} features of `real`, got {generated.shape[1]}.")
     return real, generated.to(real.device)
@@ -54,7 +57,7 @@ def _positive_int(value: int, name: str, low: int = 1) -> int:
     return value
 
 
-def frechet_distance(real: Array, generated: Array) -> float:
+def frechet_distance(real: Union[Array, FeatureStatistics], generated: Union[Array, FeatureStatistics]) -> float:
     """Squared 2-Wasserstein distance of the Gaussians fitted to two feature sets: FID on any features.
 
     `|mu_r - mu_g|^2 + tr(S_r) + tr(S_g) - 2 tr((S_r S_g)^(1/2))` with unbiased covariances. If `S = R^T R`, the last
@@ -63,8 +66,8 @@ def frechet_distance(real: Array, generated: Array) -> float:
     estimate is still biased upwards for small N: compare only numbers with the same N.
 
     Args:
-        real: features `[N, D]`, N >= 2.
-        generated: features `[M, D]`, M >= 2.
+        real: features `[N, D]`, N >= 2, or their statistics.
+        generated: features `[M, D]`, M >= 2, or their statistics.
 
     Returns:
         The distance in squared feature units, >= 0.
@@ -75,15 +78,24 @@ def frechet_distance(real: Array, generated: Array) -> float:
 
     Source: Heusel et al. 2017 (arXiv 1706.08500), eq. 6; Dowson and Landau 1982.
     """
-    real, generated = _feature_pair(real, generated, min_samples=2)
-    roots = []
-    for features in (real, generated):
-        centred = features - features.mean(dim=0)
-        roots.append(torch.linalg.qr(centred, mode="r").R / (len(features) - 1) ** 0.5)
-    mean_term = (real.mean(dim=0) - generated.mean(dim=0)).square().sum()
-    cross_term = torch.linalg.svdvals(roots[0] @ roots[1].T).sum()
-    distance = mean_term + roots[0].square().sum() + roots[1].square().sum() - 2 * cross_term
+    (real_mean, real_root), (mean, root) = _gaussian(real, "real"), _gaussian(generated, "generated")
+    if len(real_mean) != len(mean):
+        raise ValueError(f"`generated` must have the {len(real_mean)} features of `real`, got {len(mean)}.")
+    mean, root = mean.to(real_mean.device), root.to(real_mean.device)
+    cross_term = torch.linalg.svdvals(real_root @ root.T).sum()
+    distance = (real_mean - mean).square().sum() + real_root.square().sum() + root.square().sum() - 2 * cross_term
     return max(distance.item(), 0.0)
+
+
+def _gaussian(features: Union[Array, FeatureStatistics], name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean [D] and a root R [n, D] of the covariance R^T R, float64."""
+    if isinstance(features, FeatureStatistics):
+        values, vectors = torch.linalg.eigh(features.covariance)
+        # Rounding leaves eigenvalues of zero a little below it.
+        return features.mean, values.clamp(min=0).sqrt()[:, None] * vectors.T
+    features = _feature_array(features, name, min_samples=2)
+    mean = features.mean(dim=0)
+    return mean, torch.linalg.qr(features - mean, mode="r").R / (len(features) - 1) ** 0.5
 
 
 def kernel_distance(
@@ -296,14 +308,7 @@ def evaluate_images(
     _check_images(generated, labels, "generated", "labels")
     _check_images(real_images, real_labels, "real_images", "real_labels")
     labels, real_labels = labels.cpu(), real_labels.cpu()
-    selections = {None: (torch.ones_like(labels, dtype=torch.bool), torch.ones_like(real_labels, dtype=torch.bool))}
-    for part, classes in (parts or {}).items():
-        selections[part] = tuple(torch.isin(have, classes.cpu()) for have in (labels, real_labels))
-    for part, masks in selections.items():
-        for name, mask in zip(("generated", "real_images"), masks):
-            if mask.sum() < 4:
-                where = "" if part is None else f" of the classes in `parts[{part}]`"
-                raise ValueError(f"`{name}` must hold >= 4 images{where}, got {int(mask.sum())}.")
+    masks = part_masks(labels, real_labels, parts)
     num_classes = extract_features(feature_net, generated[:1])[1].shape[1]
     for name, have in (("labels", labels), ("real_labels", real_labels)):
         if have.min() < 0 or have.max() >= num_classes:
@@ -311,16 +316,58 @@ def evaluate_images(
 
     features, logits = extract_features(feature_net, generated)
     real_features, _ = extract_features(feature_net, real_images)
-    correct = logits.argmax(dim=1) == labels
+    return evaluate_features(features, logits.argmax(dim=1) == labels, real_features, masks)
+
+
+def part_masks(
+    labels: torch.Tensor, real_labels: torch.Tensor, parts: Optional[dict[int, torch.Tensor]] = None
+) -> dict[Optional[int], tuple[torch.Tensor, torch.Tensor]]:
+    """Which generated and which real images belong to each part, and under None all of them.
+
+    Args:
+        labels, real_labels: `[N]` and `[M]` integer, on the CPU.
+        parts: classes of each part, `{k: LongTensor}`.
+
+    Returns:
+        Part to boolean `[N]` and `[M]`.
+
+    Raises:
+        ValueError: less than 4 images of either kind, in all or in a part.
+    """
+    masks = {None: (torch.ones_like(labels, dtype=torch.bool), torch.ones_like(real_labels, dtype=torch.bool))}
+    for part, classes in (parts or {}).items():
+        masks[part] = tuple(torch.isin(have, classes.cpu()) for have in (labels, real_labels))
+    for part, both in masks.items():
+        for name, mask in zip(("generated", "real_images"), both):
+            if mask.sum() < 4:
+                where = "" if part is None else f" of the classes in `parts[{part}]`"
+                raise ValueError(f"`{name}` must hold >= 4 images{where}, got {int(mask.sum())}.")
+    return masks
+
+
+def evaluate_features(
+    generated: torch.Tensor,
+    correct: Optional[torch.Tensor],
+    real: torch.Tensor,
+    masks: dict[Optional[int], tuple[torch.Tensor, torch.Tensor]],
+) -> dict:
+    """What `evaluate_images` gives, from features that are there already.
+
+    Args:
+        generated: features `[N, D]`.
+        correct: boolean `[N]`, classified as asked; None leaves `class_accuracy` out.
+        real: features `[M, D]`.
+        masks: of `part_masks`.
+    """
     results = {
-        part: _metrics(real_features[in_real], features[in_generated], correct[in_generated])
-        for part, (in_generated, in_real) in selections.items()
+        part: _metrics(real[in_real], generated[mine], None if correct is None else correct[mine])
+        for part, (mine, in_real) in masks.items()
     }
     overall = results.pop(None)
-    return {**overall, "parts": results} if parts else overall
+    return {**overall, "parts": results} if results else overall
 
 
-def _metrics(real: torch.Tensor, generated: torch.Tensor, correct: torch.Tensor) -> dict:
+def _metrics(real: torch.Tensor, generated: torch.Tensor, correct: Optional[torch.Tensor]) -> dict:
     kid, kid_std = kernel_distance(real, generated)
     precision, recall = precision_recall(real, generated)
     return {
@@ -329,7 +376,7 @@ def _metrics(real: torch.Tensor, generated: torch.Tensor, correct: torch.Tensor)
         "kid_std": kid_std,
         "precision": precision,
         "recall": recall,
-        "class_accuracy": correct.double().mean().item(),
+        **({} if correct is None else {"class_accuracy": correct.double().mean().item()}),
         "num_generated": len(generated),
         "num_real": len(real),
     }

@@ -18,7 +18,7 @@ from transformers import CLIPTextModel
 
 from . import pipeline_inputs as inputs
 from .adapters import adapter_of_each_row, attach
-from .denoiser import denoiser_for, sample_shape
+from .denoiser import denoiser_for, num_classes, sample_shape
 from .prompts import check_prompts, embed_prompts, pool_embeddings
 from .routing import ConditionRouter
 from .schedule import NoiseSchedule
@@ -194,7 +194,7 @@ class MultiStudentPipeline(StudentSlots):
             raise ValueError(f"prompt_mask: it goes with prompt_embeds alone, got {name}")
         first = next(iter(self.students.values()), None)
         if name == "class_labels":
-            return len(inputs.read_labels(class_labels, None if first is None else first.config.num_class_embeds))
+            return len(inputs.read_labels(class_labels, None if first is None else num_classes(first)))
         if name == "prompt_embeds":
             width = None if first is None else first.config.cross_attention_dim
             inputs.check_embeddings(prompt_embeds, prompt_mask, width)

@@ -18,6 +18,9 @@ from diffusers import (
 
 
 EDM_SCHEDULERS = (EDMEulerScheduler, EDMDPMSolverMultistepScheduler)
+# Of the config of a consistency-model scheduler: the sigma at which the network is the identity, where that is not
+# sigma_min. diffusers keeps such private fields and ignores them.
+IDENTITY_SIGMA = "_identity_sigma"
 FLOW_SCHEDULERS = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler)
 
 # (c_skip, c_out) of x0 = c_skip * x_t + c_out * network_output, as functions of alpha, sigma, sigma_data and the sigma
@@ -48,7 +51,8 @@ class NoiseSchedule:
         network_time: maps (t, sigma) to the time the network was trained on.
         noise_scale: standard deviation of the input of the one step at t = N-1 (80 for EDM, 1 for DDPM and flow).
         sigma_data: standard deviation of the data, for EDM's preconditioning; None where the input is not scaled.
-        identity_sigma: where D(x) = x exactly; sigma_min for consistency models, else 0.
+        identity_sigma: where D(x) = x exactly; sigma_min for consistency models (unless their scheduler says otherwise,
+            see `IDENTITY_SIGMA`), else 0.
     """
 
     alphas: torch.Tensor
@@ -72,7 +76,8 @@ class NoiseSchedule:
         if isinstance(scheduler, CMStochasticIterativeScheduler):
             sigmas = torch.as_tensor(_karras(config.sigma_min, config.sigma_max, config.rho, 1000))
             ones = torch.ones_like(sigmas)
-            return cls(ones, sigmas, "edm", _cm_time, config.sigma_max, config.sigma_data, config.sigma_min)
+            identity_sigma = config.get(IDENTITY_SIGMA, config.sigma_min)
+            return cls(ones, sigmas, "edm", _cm_time, config.sigma_max, config.sigma_data, identity_sigma)
         if isinstance(scheduler, FLOW_SCHEDULERS):
             n = config.num_train_timesteps
             s = torch.arange(1, n + 1, dtype=torch.float64) / n

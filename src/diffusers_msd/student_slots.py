@@ -123,6 +123,14 @@ class StudentSlots(SafePipeline):
             attach(self.unet, {SLOTS[k]: unet}, replace=True)
         self.register_modules(**{SLOTS[k]: unet})
 
+    def count_parameters(self) -> tuple[int, int]:
+        """Parameters of the largest network that makes an image, and of all students with what they share."""
+        sizes = [getattr(self, SLOTS[k]).num_parameters() for k in self.students]
+        if self.unet is None:
+            return max(sizes), sum(sizes)
+        shared = base_of(self.unet).num_parameters()
+        return shared + max(sizes), shared + sum(sizes)
+
     def fuse_student(self, k: int) -> UNet2DModel | UNet2DConditionModel:
         """Student k as an ordinary network of its own; of a LoRA student the sum of base and adapter.
 

@@ -8,6 +8,9 @@ from typing import Optional
 import torch
 from diffusers import ModelMixin, UNet2DConditionModel, UNet2DModel
 
+from .denoiser import NULL_CLASS
+from .inheritance import inherit_weights
+
 
 # What a student must share with its teacher: it takes the same noise and conditions and gives the same images.
 _SHARED_FIELDS = (
@@ -18,6 +21,21 @@ _SHARED_FIELDS = (
     "num_class_embeds",
     "cross_attention_dim",
 )
+
+# How the weights of a student of another size than the teacher start.
+INITS = ("random", "inherit")
+
+# The published smaller students (arXiv 2410.23274): the teacher they are of, minus per cent of its parameters.
+PRESETS = {
+    "imagenet64-42": {"channels": [160, 320, 320, 640], "blocks": 3},
+    "imagenet64-71": {"channels": [128, 256, 256, 512], "blocks": 2},
+    "sd15-83": {"channels": [160, 320, 320, 640], "blocks": 2},
+}
+# The same of their teachers, by the presets' first word.
+PRESET_TEACHERS = {
+    "imagenet64": (UNet2DModel, {"channels": [192, 384, 576, 768], "blocks": 3}),
+    "sd15": (UNet2DConditionModel, {"channels": [320, 640, 1280, 1280], "blocks": 2}),
+}
 
 
 @dataclass
@@ -32,14 +50,38 @@ class StudentConfig:
         default=None,
         metadata={"help": "Residual blocks per level of a smaller student; the teacher's when left out."},
     )
+    student_preset: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "A published smaller student of EDM's ImageNet-64 or Stable Diffusion's network, in place of "
+            "channels and blocks.",
+            "choices": list(PRESETS),
+        },
+    )
+    student_init: str = field(
+        default="random",
+        metadata={
+            "help": "Weights that a smaller student starts from: random ones, or the teacher's most important channels "
+            "and outer blocks.",
+            "choices": list(INITS),
+        },
+    )
+
+    def __post_init__(self):
+        if self.student_preset is not None:
+            if self.student_channels is not None or self.student_blocks is not None:
+                raise ValueError("student_preset: it says student_channels and student_blocks, leave these out")
+            size = PRESETS[self.student_preset]
+            self.student_channels, self.student_blocks = size["channels"], size["blocks"]
 
 
-def create_student(teacher, channels=None, blocks=None, seed=0):
+def create_student(teacher, channels=None, blocks=None, seed=0, init="random"):
     """Makes a student from a teacher.
 
     A description that changes nothing gives an exact copy, so that two nets of one architecture always start from the
-    teacher's weights. Any other gives the teacher's config at the new size with random weights: such a student learns
-    to denoise first (the TSM stage).
+    teacher's weights. Any other gives the teacher's config at the new size, with random weights or a part of the
+    teacher's: such a student learns to denoise first (the TSM stage). Published sizes are in `PRESETS`:
+    `create_student(teacher, **PRESETS["sd15-83"])`.
 
     Args:
         teacher (`ModelMixin`): A `UNet2DModel` or `UNet2DConditionModel` of any dtype; any model when only copied. It
@@ -48,16 +90,21 @@ def create_student(teacher, channels=None, blocks=None, seed=0):
             of its `norm_num_groups` and, where the level has attention, of its `attention_head_dim`.
         blocks (`int`, *optional*): `layers_per_block` at every level, at least 1.
         seed (`int`): Of the random weights; torch's global generators are left alone.
+        init (`str`): `"random"`, or `"inherit"` for the teacher's most important channels and outer blocks, which
+            needs a student that is nowhere wider or deeper (see `inheritance.inherit_weights`).
 
     Returns:
         `ModelMixin`: A net of the teacher's class on its device, in float32 and training mode, sharing no storage.
 
     Raises:
         TypeError: `teacher` is no diffusers model, or no UNet although a size is given; a size is no integer.
-        ValueError: `channels` or `blocks` does not fit the teacher.
+        ValueError: `channels` or `blocks` does not fit the teacher; `init` is unknown, or the teacher has layers that
+            cannot be inherited.
     """
     if not isinstance(teacher, ModelMixin):
         raise TypeError(f"teacher: got a {type(teacher).__name__}; a diffusers model is needed.")
+    if init not in INITS:
+        raise ValueError(f"init: one of {', '.join(INITS)} expected, got {init!r}")
     size = {}
     if channels is not None or blocks is not None:
         if not isinstance(teacher, (UNet2DModel, UNet2DConditionModel)):
@@ -70,15 +117,38 @@ def create_student(teacher, channels=None, blocks=None, seed=0):
     if blocks is not None:
         size["layers_per_block"] = _check_blocks(blocks, _public_config(teacher))
 
-    # Without the private entries, which name the teacher's path and let diffusers put defaults back over `size`.
-    config = {name: value for name, value in teacher.config.items() if not name.startswith("_")}
+    # Without the private entries, which name the teacher's path and let diffusers put defaults back over `size`; but
+    # the student takes the same labels.
+    config = {n: value for n, value in teacher.config.items() if not n.startswith("_") or n == NULL_CLASS}
     with torch.random.fork_rng(devices=[]):
         # Not torch.manual_seed, which would also seed the accelerators' generators, and those are not forked.
         torch.random.default_generator.manual_seed(seed)
         student = type(teacher).from_config({**config, **size}).to(teacher.device)
     if is_same_architecture(student, teacher):
         student.load_state_dict(teacher.state_dict())
+    elif init == "inherit":
+        inherit_weights(student, teacher)
     return student.train()
+
+
+def check_preset(name, teacher):
+    """Refuses a preset of another teacher; the UNets of all Stable Diffusion 1.x and 2.x have the same size.
+
+    Args:
+        name (`str`): Of `PRESETS`.
+        teacher (`ModelMixin`): A diffusers model.
+
+    Raises:
+        ValueError: The teacher's class, channels or blocks are others.
+    """
+    family, size = PRESET_TEACHERS[name.split("-")[0]]
+    config = _public_config(teacher)
+    actual = {"channels": config["block_out_channels"], "blocks": config["layers_per_block"]}
+    if not isinstance(teacher, family) or actual != size:
+        raise ValueError(
+            f"student_preset: {name} is of a {family.__name__} with {size}, the teacher is a "
+            f"{type(teacher).__name__} with {actual}"
+        )
 
 
 def is_same_architecture(student, teacher):

@@ -25,13 +25,19 @@ class TextParts(NamedTuple):
     vae: AutoencoderKL
 
 
-def save_teacher(path: Path, model: ModelMixin, scheduler: SchedulerMixin, record: dict | None = None):
-    """Writes a teacher into a folder, each part atomically; `record` (how it was trained) goes to `teacher.json`."""
+def save_teacher(path: Path, model: ModelMixin, scheduler: SchedulerMixin, record: dict | None = None) -> dict:
+    """Writes a teacher into a folder, each part atomically.
+
+    Returns:
+        What it writes to `teacher.json`: `record` (how the teacher was made) and its fingerprint.
+    """
     path = Path(path)
     for name, part in (("unet", model), ("scheduler", scheduler)):
         with atomic_directory(path / name) as folder:
             part.save_pretrained(folder)
-    write_json(path / "teacher.json", {**(record or {}), "fingerprint": model_fingerprint(model, scheduler)})
+    record = {**(record or {}), "fingerprint": model_fingerprint(model, scheduler)}
+    write_json(path / "teacher.json", record)
+    return record
 
 
 def _class_name(path: str | Path, subfolder: str, config_class: type, argument: str) -> str:
