@@ -11,6 +11,7 @@ from helpers import edm_scheduler, sd_scheduler, tiny_text_unet, tiny_unet
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from diffusers_msd.adapters import lora_config, lora_network
 from diffusers_msd.denoiser import denoiser_for, sample_shape
 from diffusers_msd.draws import Draws
 from diffusers_msd.memory import LiveBytes, cache_bytes, estimate_memory, format_estimate, without_data
@@ -148,6 +149,38 @@ def test_norms_are_kept_in_float32_under_autocast_as_on_a_gpu():
     assert half < 0.9 * estimate("text", "tsm")["turns"]["student"]["activations"]
     both = estimate("text", "tsm", torch.bfloat16, gradient_checkpointing=True)
     assert both["turns"]["student"]["activations"] < half
+
+
+def lora_turn(real: bool):
+    """The turn of an adapter on a base stored in bfloat16, with weights or without data, and its conditions."""
+    make, scheduler, cond = FAMILIES["text"]
+    with torch.device("cpu" if real else "meta"):
+        base = make().to(torch.bfloat16)
+    base = base if real else without_data(base)
+    with torch.device("cpu" if real else "meta"):
+        student = lora_network(base, lora_config(base, 4)).eval()
+    schedule = NoiseSchedule.from_scheduler(scheduler())
+    student = student if real else without_data(student)
+    nets = [denoiser_for(model, schedule, autocast_dtype=torch.bfloat16) for model in (student, base)]
+    return build_stage("tsm", *nets, None, cond, StageConfig()), cond
+
+
+def test_norms_of_an_adapters_half_precision_base_are_in_float32_too():
+    turns, cond = lora_turn(True)
+    turn = turns[0]
+    for module in turn.modules():
+        if isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
+            module.float().register_forward_pre_hook(lambda module, args: tuple(x.float() for x in args))
+    turn.claim()
+    data = {"images": torch.zeros(4, *sample_shape(turn.student.model)), "cond": cond[torch.zeros(4).long()]}
+
+    def loss() -> torch.Tensor:
+        return turn({"images": data}, Draws((0,), 4, slice(None)))["loss"].mean()
+
+    saved = saved_bytes(loss, [p for module in (turn, *turn.frozen.values()) for p in module.parameters()])
+    turns, cond = lora_turn(False)
+    activations = estimate_memory(turns, training(), cond)["turns"]["student"]["activations"]
+    assert saved <= activations < 1.1 * saved
 
 
 def test_checkpointing_keeps_fewer_activations_and_a_larger_batch_more():
