@@ -8,8 +8,7 @@
 Every number is of one device. Estimated is what `memory.estimate_memory` says, which needs no weights. Measured
 (`digits` and `fashion`) are two iterations of the real turns in the package's `Trainer`, each setting in a process of
 its own: "live" is the most that tensors held at a time, "resident" how far the process grew since before the networks
-were made. A measurement is on the CPU, which under bf16 keeps the norms' activations in bf16, where the estimate has the
-float32 of a GPU.
+were made. That is on the CPU, with norms in float32 under bf16, as GPUs have them.
 """
 
 import multiprocessing
@@ -17,21 +16,24 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
-from diffusers import DDIMScheduler, EDMEulerScheduler, ModelMixin, SchedulerMixin, UNet2DConditionModel, UNet2DModel
-from full_size_step import ITERATIONS, SD15, BareTrainer, resident_bytes
+from diffusers import EDMEulerScheduler, ModelMixin, SchedulerMixin, UNet2DModel
+from full_size_step import ITERATIONS, BareTrainer, resident_bytes
+from full_size_step import SIZES as FULL_SIZES
 from pipeline import NETS, SCRIPTS, table
+from torch import nn
 from training_step import RandomData
 
 from diffusers_msd.adapters import lora_config, lora_network
 from diffusers_msd.config import parse_config, run_script
 from diffusers_msd.denoiser import denoiser_for, sample_shape
 from diffusers_msd.files import check_writable, write_json
-from diffusers_msd.memory import LiveBytes, estimate_memory, without_data
+from diffusers_msd.memory import LiveBytes, estimate_memory, float32_under_autocast, without_data
 from diffusers_msd.schedule import NoiseSchedule
 from diffusers_msd.stage_config import StageConfig
 from diffusers_msd.stages import STAGES, Turn, build_stage
@@ -55,18 +57,17 @@ def digits_net() -> UNet2DModel:
     return UNet2DModel.from_config(UNet2DModel.load_config(folder, subfolder="unet"))
 
 
+def full_size(name: str, batch_size: int) -> Size:
+    full = FULL_SIZES[name]
+    guidance_scale = 1.75 if full.guided else None
+    return Size(partial(full.make, 64), full.scheduler, full.conditions, batch_size, 64, guidance_scale)
+
+
 SIZES = {
     "digits": Size(digits_net, EDMEulerScheduler(), torch.arange(10), 32, 4, measured=True),
     "fashion": Size(NETS["fashion"], EDMEulerScheduler(), torch.arange(10), 8, 16, measured=True),
-    "imagenet64": Size(NETS["imagenet64"], EDMEulerScheduler(), torch.arange(1000), 35, 64),
-    "sd15": Size(
-        lambda: UNet2DConditionModel(sample_size=64, **SD15),
-        DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
-        torch.zeros(2, 77, 768),
-        4,
-        64,
-        guidance_scale=1.75,
-    ),
+    "imagenet64": full_size("imagenet64", 35),
+    "sd15": full_size("sd15", 4),
 }
 
 
@@ -175,6 +176,10 @@ def measure(stage: str, size_name: str, setting_name: str, batch_size: int) -> d
     before = resident_bytes()
     turns = build_turns(stage, size, setting, training, lambda make: make())
     networks = [network for turn in turns for network in (turn, *turn.frozen.values())]
+    for module in {module for network in networks for module in network.modules()}:
+        if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
+            # As a GPU does.
+            module.float().register_forward_pre_hook(float32_under_autocast)
     weights = {id(p): p for network in networks for p in (*network.parameters(), *network.buffers())}.values()
     shape = sample_shape(next(iter(turns[0].models().values())))
     data = {need: RandomData(shape, len(size.conditions), need == "pairs") for need in ("images", "pairs")}
@@ -212,8 +217,8 @@ def figures(config: BenchmarkConfig) -> Iterator[dict]:
     jobs = [(stage, name) for stage in config.stages for name in config.settings]
     measured = {}
     if size.measured:
-        context = multiprocessing.get_context("spawn")
-        # Before this process grows by the estimates: a new one starts with the peak of the one that made it.
+        # Its processes are forked from one that has imported everything and made nothing.
+        context = multiprocessing.get_context("forkserver")
         with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
             for stage, name in jobs:
                 # bitsandbytes keeps its states on a GPU.
