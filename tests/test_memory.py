@@ -9,13 +9,14 @@ import torch
 from diffusers import UNet2DConditionModel
 from helpers import edm_scheduler, sd_scheduler, tiny_text_unet, tiny_unet
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from diffusers_msd.adapters import lora_config, lora_network
 from diffusers_msd.denoiser import denoiser_for, sample_shape
 from diffusers_msd.draws import Draws
 from diffusers_msd.memory import (
-    _ATTENTION_FLOPS,
     LiveBytes,
+    _Meter,
     cache_bytes,
     estimate_memory,
     format_estimate,
@@ -157,6 +158,38 @@ def test_norms_are_kept_in_float32_under_autocast_as_on_a_gpu():
     assert both["turns"]["student"]["activations"] < half
 
 
+def lora_turn(real: bool):
+    """The turn of an adapter on a base stored in bfloat16, with weights or without data, and its conditions."""
+    make, scheduler, cond = FAMILIES["text"]
+    with torch.device("cpu" if real else "meta"):
+        base = make().to(torch.bfloat16)
+    base = base if real else without_data(base)
+    with torch.device("cpu" if real else "meta"):
+        student = lora_network(base, lora_config(base, 4)).eval()
+    schedule = NoiseSchedule.from_scheduler(scheduler())
+    student = student if real else without_data(student)
+    nets = [denoiser_for(model, schedule, autocast_dtype=torch.bfloat16) for model in (student, base)]
+    return build_stage("tsm", *nets, None, cond, StageConfig()), cond
+
+
+def test_norms_of_an_adapters_half_precision_base_are_in_float32_too():
+    turns, cond = lora_turn(True)
+    turn = turns[0]
+    for module in turn.modules():
+        if isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
+            module.float().register_forward_pre_hook(lambda module, args: tuple(x.float() for x in args))
+    turn.claim()
+    data = {"images": torch.zeros(4, *sample_shape(turn.student.model)), "cond": cond[torch.zeros(4).long()]}
+
+    def loss() -> torch.Tensor:
+        return turn({"images": data}, Draws((0,), 4, slice(None)))["loss"].mean()
+
+    saved = saved_bytes(loss, [p for module in (turn, *turn.frozen.values()) for p in module.parameters()])
+    turns, cond = lora_turn(False)
+    activations = estimate_memory(turns, training(), cond)["turns"]["student"]["activations"]
+    assert saved <= activations < 1.1 * saved
+
+
 def test_checkpointing_keeps_fewer_activations_and_a_larger_batch_more():
     plain, checkpointed, twice = (
         estimate("text", "dm", **settings)["turns"]["student"]["activations"]
@@ -246,15 +279,22 @@ def test_the_table_holds_the_numbers():
 def test_attention_on_a_cpu_is_counted():
     """Forward: two products of [L, D] and [D, L] per head. Backward: five, since a fused kernel makes one again."""
     q = torch.zeros(2, 3, 16, 8, requires_grad=True)
-    with FlopCounterMode(display=False, custom_mapping=_ATTENTION_FLOPS) as counter:
+    with _Meter() as meter:
         torch.nn.functional.scaled_dot_product_attention(q, q, q).sum().backward()
-    assert counter.get_total_flops() == (2 + 5) * 2 * (2 * 3) * 16 * 16 * 8
+    assert meter.flops == (2 + 5) * 2 * (2 * 3) * 16 * 16 * 8
 
 
 @pytest.mark.parametrize("stage, number", [("tsm", 0), ("dm", 0), ("adm", 1)])
 def test_arithmetic_is_that_of_the_real_turn_and_follows_the_interval(stage, number):
     turn, _, loss = real_turn("text", stage, number)
-    with FlopCounterMode(display=False, custom_mapping=_ATTENTION_FLOPS) as counter:
+    aten = torch.ops.aten
+    attention = {
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+            lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
+        ),
+    }
+    with FlopCounterMode(display=False, custom_mapping=attention) as counter:
         loss().backward()
     turns, cond = build("text", stage, False, student_update_interval=[4])
     e = estimate_memory(turns, training(), cond)

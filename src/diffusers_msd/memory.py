@@ -10,7 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry
 
 from .adapters import trainable_parameters
 from .denoiser import sample_shape
@@ -23,12 +23,14 @@ from .training_config import TrainingConfig
 _FAKE = FakeTensorMode(allow_non_fake_inputs=True)
 
 
+aten = torch.ops.aten
 # torch counts the arithmetic of every attention kernel but the one that CPUs have.
-_ATTENTION_FLOPS = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
-    ),
+_FLOPS = {
+    **flop_registry,
+    aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        aten._scaled_dot_product_flash_attention_backward
+    ],
 }
 
 
@@ -68,6 +70,18 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
+class _Meter(LiveBytes):
+    """Counts arithmetic in the same pass: `flops`, as `FlopCounterMode` does, and attention on a CPU too."""
+
+    flops = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if func._overloadpacket in _FLOPS:
+            self.flops += _FLOPS[func._overloadpacket](*args, **(kwargs or {}), out_val=result)
+        return result
+
+
 def without_data(model: ModelMixin) -> ModelMixin:
     """Turns a network on the meta device into one that can be run, of tensors that still take no memory.
 
@@ -87,10 +101,14 @@ def without_data(model: ModelMixin) -> ModelMixin:
             continue
         with _FAKE:
             module.to_empty(device="cpu", recurse=False)
-        # Under autocast a GPU computes norms in float32 and keeps that for the backward pass; a CPU does not.
-        if isinstance(module, (nn.GroupNorm, nn.LayerNorm)) and module.weight.dtype == torch.float32:
-            module.register_forward_pre_hook(lambda module, args: tuple(x.float() for x in args))
+        if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
+            module.register_forward_pre_hook(float32_under_autocast)
     return model
+
+
+def float32_under_autocast(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """A hook for norms: under autocast a GPU computes them in float32 and keeps that for the backward pass, a CPU not."""
+    return tuple(x.float() for x in args) if torch.is_autocast_enabled("cpu") else args
 
 
 def estimate_memory(turns: list[Turn], config: TrainingConfig, cond: torch.Tensor) -> dict:
@@ -175,21 +193,19 @@ def estimate_memory(turns: list[Turn], config: TrainingConfig, cond: torch.Tenso
 def _run(turn: Turn, config: TrainingConfig, cond: torch.Tensor, known: list[torch.Tensor]) -> dict[str, int]:
     """Runs a turn on fake tensors; bytes of its phases, and its arithmetic."""
     turn.claim()
-    with LiveBytes(known) as live:
-        # With accumulation the gradients of one pass are there during the next.
-        for _ in range(min(2, config.gradient_accumulation_steps)):
+    # With accumulation the gradients of one pass are there during the next.
+    passes = min(2, config.gradient_accumulation_steps)
+    with _Meter(known) as meter:
+        for _ in range(passes):
             loss = _loss(turn, config.train_batch_size, cond)
-            activations = live.now
+            activations = meter.now
             loss.backward()
             del loss
-    # On its own: the counter takes some operations apart, and what it holds on to would be counted.
-    with FlopCounterMode(display=False, custom_mapping=_ATTENTION_FLOPS) as counter:
-        _loss(turn, config.train_batch_size, cond).backward()
     turn.zero_grad(set_to_none=True)
     return {
         "activations": activations,
-        "pass": live.peak,
-        "flops": counter.get_total_flops() * config.gradient_accumulation_steps,
+        "pass": meter.peak,
+        "flops": meter.flops // passes * config.gradient_accumulation_steps,
     }
 
 
