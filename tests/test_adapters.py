@@ -266,7 +266,8 @@ def test_saved_pipeline_holds_one_base_and_small_adapters(tmp_path):
         pipe(class_labels=[0, 1, 2, 3], generator=generators(0, 1, 2, 3), output_type="latent").images, made
     )
     card = (tmp_path / "README.md").read_text()
-    assert f"| `unet`, for all | {tiny_unet().num_parameters():,} |" in card and "load_lora_weights" in card
+    assert f"| `unet`, for all | {tiny_unet().num_parameters():,} |" in card and ".fuse(unet)" in card
+    assert "load_lora_weights" not in card, "diffusers has no such pipeline for class labels"
 
 
 def test_parameters_count_the_base_once():
@@ -325,6 +326,8 @@ def test_text_pipeline_of_adapters(tmp_path):
     expected = full(prompts, generator=generators(*range(6)), output_type="latent")
     assert made.student_indices == expected.student_indices
     torch.testing.assert_close(made.images, expected.images, atol=1e-5 * expected.images.abs().max().item(), rtol=0)
+    pipe.save_pretrained(tmp_path / "saved")
+    assert 'load_lora_weights("saved", subfolder="unet_0"' in (tmp_path / "saved" / "README.md").read_text()
 
 
 def test_half_precision_and_offload_hooks_reach_the_adapters(tmp_path):

@@ -73,7 +73,10 @@ ALONE = """Each student is also an ordinary model of its own:
 `{model_class}.from_pretrained("{name}", subfolder="unet_{first}")`."""
 
 ALONE_LORA = """Students are LoRA adapters on the one network in `unet`. `pipe.fuse_student({first})` gives one as a
-network of its own. In a stock pipeline around that `unet`, the adapter alone is loaded by
+network of its own, as does `LoraStudent.from_pretrained("{name}", subfolder="unet_{first}").fuse(unet)`.{stock}"""
+
+STOCK_LORA = """
+In a `StableDiffusionPipeline` with this `unet`, an adapter is loaded by
 `load_lora_weights("{name}", subfolder="unet_{first}", weight_name="diffusion_pytorch_model.safetensors")`."""
 
 
@@ -181,8 +184,9 @@ def model_card(pipe: DiffusionPipeline, name: str) -> ModelCard:
     )
     model_class = type(pipe.students[first]).__name__
     rows = [f"| `unet_{k}` | {count:,} |" for k, count in counts.items()]
-    total = sum(counts.values())
+    total, alone = sum(counts.values()), ALONE
     if pipe.unet is not None:
+        alone = ALONE_LORA.replace("{stock}", STOCK_LORA if takes_prompts else "")
         base = base_of(pipe.unet).num_parameters()
         rows, total = [f"| `unet`, for all | {base:,} |", *rows], base + total
     text = CARD.format(
@@ -194,7 +198,7 @@ def model_card(pipe: DiffusionPipeline, name: str) -> ModelCard:
         calls="a single network call" if most_steps == 1 else f"at most {most_steps} network calls",
         name=name,
         example='"a red apple"' if takes_prompts else f"class_labels=[{_example_label(pipe.router, first)}]",
-        alone=(ALONE if pipe.unet is None else ALONE_LORA).format(model_class=model_class, name=name, first=first),
+        alone=alone.format(model_class=model_class, name=name, first=first),
         students="\n".join(rows),
         parameters=total,
         router=type(pipe.router).__name__,
