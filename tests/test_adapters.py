@@ -3,6 +3,7 @@
 """LoRA students: one base, small adapters, one forward for a mixed batch, stock files."""
 
 import copy
+import json
 import threading
 
 import pytest
@@ -17,6 +18,8 @@ from helpers import (
     tiny_text_unet,
     tiny_unet,
 )
+from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+from safetensors import safe_open
 
 from diffusers_msd import ClassRouter, LoraStudent, MultiStudentPipeline
 from diffusers_msd.adapters import (
@@ -139,6 +142,20 @@ def test_stock_diffusers_loads_an_adapter_with_its_scale(settings, tmp_path):
     pipe.load_lora_weights(tmp_path / "adapter", weight_name=WEIGHTS)
     torch.testing.assert_close(call(pipe.unet), expected, atol=1e-5, rtol=0)
     assert (call(tiny_text_unet()) - expected).abs().max() > 0.01
+
+
+def test_stock_peft_loads_an_adapter_of_a_class_conditional_network(tmp_path):
+    """diffusers has no `load_lora_adapter` for `UNet2DModel`; PEFT reads the same file."""
+    student, network = adapter(tiny_unet(), 1, alpha=6.0, conv_rank=1)
+    student.save_pretrained(tmp_path)
+    with safe_open(tmp_path / WEIGHTS, framework="pt") as file:
+        settings = json.loads(file.metadata()["lora_adapter_metadata"])
+        weights = {name.removeprefix("unet."): file.get_tensor(name) for name in file.keys()}
+    unet = tiny_unet()
+    config = LoraConfig(**{name.removeprefix("unet."): value for name, value in settings.items()})
+    inject_adapter_in_model(config, unet)
+    set_peft_model_state_dict(unet, weights)
+    torch.testing.assert_close(call(unet), call(network), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -25,6 +25,15 @@ DIGITS = ["--dataset_name", "digits"]
 FEATURES = SCRIPTS / "assets" / "features-digits"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As launched processes have: with other numbers of threads, sums are the same only up to rounding."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")

@@ -90,7 +90,8 @@ ARROWS: dict[str, set[str]] = {
     "hub": {"adapters", "embedding_routing", "files", "routing"},
     "pipeline_inputs": {"adapters", "embedding_routing", "prompts", "routing", "schedule"},
     "assembly": {"adapters", "files", "pipeline_inputs", "routing", "teachers"},
-    "student_slots": {"adapters", "assembly", "hub", "pipeline_inputs", "routing"},
+    "residents": {"files", "pipeline_inputs", "teachers"},
+    "student_slots": {"adapters", "assembly", "hub", "pipeline_inputs", "residents", "routing"},
     "pipeline_msd": {
         "adapters",
         "denoiser",

@@ -201,12 +201,26 @@ def test_the_strongest_channels_of_each_group_are_kept_wherever_they_are_read():
 
 
 @torch.no_grad()
+def test_what_only_the_class_embedding_writes_is_kept():
+    teacher = pixel_unet((16, 32))
+    teacher.time_embedding.linear_2.weight[:5], teacher.time_embedding.linear_2.bias[:5] = 0, 0
+    teacher.class_embedding.weight[:, :5] = 100
+    student = create_student(teacher, channels=[8, 16], init="inherit")
+    assert torch.equal(student.class_embedding.weight[:, :5], teacher.class_embedding.weight[:, :5])
+
+
+@torch.no_grad()
 def test_levels_of_equal_width_have_the_same_channels_and_a_new_projection_passes_them_on():
     teacher = text_unet((16, 32, 32), down_block_types=("CrossAttnDownBlock2D",) * 2 + ("DownBlock2D",),
                         up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 2)  # fmt: skip
     assert teacher.down_blocks[2].resnets[0].conv_shortcut is None
     same = create_student(teacher, channels=[8, 16, 16], init="inherit")
     assert same.down_blocks[2].resnets[0].conv_shortcut is None
+    first, second = (
+        torch.isin(get(teacher), get(same))
+        for get in (lambda u: u.down_blocks[1].resnets[0].conv2.bias, lambda u: u.down_blocks[2].resnets[0].conv2.bias)
+    )
+    assert torch.equal(first, second) and first.sum() == 16
     student = create_student(teacher, channels=[16, 16, 32], init="inherit")
     # All 32 channels of the last level are kept; what enters is half of them.
     shortcut = student.down_blocks[2].resnets[0].conv_shortcut

@@ -9,12 +9,19 @@ import torch
 from diffusers import UNet2DConditionModel
 from helpers import edm_scheduler, sd_scheduler, tiny_text_unet, tiny_unet
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from diffusers_msd.adapters import lora_config, lora_network
 from diffusers_msd.denoiser import denoiser_for, sample_shape
 from diffusers_msd.draws import Draws
-from diffusers_msd.memory import LiveBytes, cache_bytes, estimate_memory, format_estimate, without_data
+from diffusers_msd.memory import (
+    LiveBytes,
+    _Meter,
+    cache_bytes,
+    estimate_memory,
+    format_estimate,
+    without_data,
+)
 from diffusers_msd.schedule import NoiseSchedule
 from diffusers_msd.stage_config import StageConfig
 from diffusers_msd.stages import build_stage
@@ -266,13 +273,29 @@ def test_the_table_holds_the_numbers():
     text = format_estimate({**e, "flops": 2e12}, max_train_steps=1800, tflops=1.0)
     assert "student, trained by the student" in text and "teacher, frozen" in text and "batch 4" in text
     assert text.splitlines()[-1] == "1,800 iterations of 2.00 TFLOP on average, at 1 TFLOP/s: 1.0 hours"
+    assert "34.38 MB" in format_estimate({**e, "peak": 34_380_000}).splitlines()[-1]
     assert "34.38 GB" in format_estimate({**e, "peak": 34_380_000_000}).splitlines()[-1]
+
+
+def test_attention_on_a_cpu_is_counted():
+    """Forward: two products of [L, D] and [D, L] per head. Backward: five, since a fused kernel makes one again."""
+    q = torch.zeros(2, 3, 16, 8, requires_grad=True)
+    with _Meter() as meter:
+        torch.nn.functional.scaled_dot_product_attention(q, q, q).sum().backward()
+    assert meter.flops == (2 + 5) * 2 * (2 * 3) * 16 * 16 * 8
 
 
 @pytest.mark.parametrize("stage, number", [("tsm", 0), ("dm", 0), ("adm", 1)])
 def test_arithmetic_is_that_of_the_real_turn_and_follows_the_interval(stage, number):
     turn, _, loss = real_turn("text", stage, number)
-    with FlopCounterMode(display=False) as counter:
+    aten = torch.ops.aten
+    attention = {
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+            lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
+        ),
+    }
+    with FlopCounterMode(display=False, custom_mapping=attention) as counter:
         loss().backward()
     turns, cond = build("text", stage, False, student_update_interval=[4])
     e = estimate_memory(turns, training(), cond)

@@ -23,6 +23,17 @@ from .training_config import TrainingConfig
 _FAKE = FakeTensorMode(allow_non_fake_inputs=True)
 
 
+aten = torch.ops.aten
+# torch counts the arithmetic of every attention kernel but the one that CPUs have.
+_FLOPS = {
+    **flop_registry,
+    aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        aten._scaled_dot_product_flash_attention_backward
+    ],
+}
+
+
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of all tensors that are alive, storages once, while it is active.
 
@@ -60,14 +71,14 @@ class LiveBytes(TorchDispatchMode):
 
 
 class _Meter(LiveBytes):
-    """Counts arithmetic in the same pass: `flops`, as `FlopCounterMode` does."""
+    """Counts arithmetic in the same pass: `flops`, as `FlopCounterMode` does, and attention on a CPU too."""
 
     flops = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = super().__torch_dispatch__(func, types, args, kwargs)
-        if func._overloadpacket in flop_registry:
-            self.flops += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=result)
+        if func._overloadpacket in _FLOPS:
+            self.flops += _FLOPS[func._overloadpacket](*args, **(kwargs or {}), out_val=result)
         return result
 
 
@@ -235,21 +246,29 @@ def cache_bytes(sample_shape: tuple[int, ...], cond: torch.Tensor, num_samples: 
 
 
 def format_estimate(estimate: dict, max_train_steps: int | None = None, tflops: float | None = None) -> str:
-    """`estimate_memory` as a table, in GB of 10^9 bytes; given iterations and the TFLOP/s of a device, also the hours."""
+    """`estimate_memory` as a table; given iterations and the TFLOP/s of a device, also the hours.
+
+    In GB of 10^9 bytes, or, where the peak is below one, in MB of 10^6.
+    """
+    unit, scale = ("GB", 1e9) if estimate["peak"] >= 1e9 else ("MB", 1e6)
+
+    def show(size: int) -> str:
+        return f"{size / scale:>10.2f} {unit}"
+
     trainer = {network: turn for turn, networks in estimate["trained"].items() for network in networks}
     lines = [f"{'network':<32}{'parameters':>12}{'weights':>13}"]
     for name, count in estimate["parameters"].items():
         role = f"{name}, trained by the {trainer[name]}" if name in trainer else f"{name}, frozen"
-        lines.append(f"{role:<32}{count / 1e6:>10.1f} M{_gb(estimate['weights'][name])}")
+        lines.append(f"{role:<32}{count / 1e6:>10.1f} M{show(estimate['weights'][name])}")
     sums = {f"optimizer of the {name}": size for name, size in estimate["optimizer"].items()}
     sums |= {"averaged weights (EMA)": estimate["ema"], "always there": estimate["resident"]}
-    lines += [f"{name:<44}{_gb(size)}" for name, size in sums.items()]
+    lines += [f"{name:<44}{show(size)}" for name, size in sums.items()]
     columns = ("activations", "gradients", "pass", "update")
     head = f"on top, batch {estimate['batch_size']}"
     lines += ["", f"{head:<18}" + "".join(f"{column:>13}" for column in columns)]
     for name, turn in estimate["turns"].items():
-        lines.append(f"{name:<18}" + "".join(_gb(turn[column]) for column in columns))
-    lines += ["", f"{'peak, without what CUDA itself takes':<44}{_gb(estimate['peak'])}"]
+        lines.append(f"{name:<18}" + "".join(show(turn[column]) for column in columns))
+    lines += ["", f"{'peak, without what CUDA itself takes':<44}{show(estimate['peak'])}"]
     if max_train_steps is not None and tflops is not None:
         work = estimate["flops"] / 1e12
         hours = max_train_steps * work / tflops / 3600
@@ -257,7 +276,3 @@ def format_estimate(estimate: dict, max_train_steps: int | None = None, tflops: 
             f"{max_train_steps:,} iterations of {work:,.2f} TFLOP on average, at {tflops:g} TFLOP/s: {hours:,.1f} hours"
         )
     return "\n".join(lines)
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:>10.2f} GB"

@@ -4,6 +4,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import PIL.Image
@@ -320,24 +321,28 @@ class MultiStudentPipeline(StudentSlots):
         Returns:
             float32 [B, C, h, w].
         """
-        schedule, students = NoiseSchedule.from_scheduler(self.scheduler), self.students
+        schedule = NoiseSchedule.from_scheduler(self.scheduler)
         samples = torch.empty_like(latents)
         if self.unet is not None:
             with adapter_of_each_row(self.unet, [SLOTS[k] for k in student_indices]):
-                denoiser, cond = denoiser_for(self.unet, schedule), condition.to(latents.device)
-                made = denoiser.generate(latents, cond) if t == schedule.last else denoiser(latents, t, cond)
-            bar.update()
+                made = self._predict(self.unet, latents, condition.to(latents.device), t, schedule)
+            if bar is not None:
+                bar.update()
             return made.to(samples)
-        for k in sorted(set(student_indices)):
+        for k in self.in_running_order(student_indices):
             rows = [i for i, chosen in enumerate(student_indices) if chosen == k]
-            denoiser = denoiser_for(students[k], schedule)
             x, cond = latents[rows], condition[rows].to(latents.device)
-            made = denoiser.generate(x, cond) if t == schedule.last else denoiser(x, t, cond)
+            made = self.use_student(k, partial(self._predict, x=x, cond=cond, t=t, schedule=schedule))
             samples[rows] = made.to(samples)
-            self._offload(students[k])
             if bar is not None:
                 bar.update()
         return samples
+
+    def _predict(self, unet: Student, x: torch.Tensor, cond: torch.Tensor, t: int, schedule: NoiseSchedule):
+        denoiser = denoiser_for(unet, schedule)
+        made = denoiser.generate(x, cond) if t == schedule.last else denoiser(x, t, cond)
+        self._offload(unet)
+        return made
 
     def _device_of(self, model: torch.nn.Module) -> torch.device:
         # `_execution_device` alone would do, but it asks each module of all K students: 5 ms for four tiny ones.

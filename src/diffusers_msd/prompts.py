@@ -3,12 +3,16 @@
 """Prompts to embeddings: what the networks see [B, L, D], and the one vector [B, D] a prompt is routed by."""
 
 import hashlib
+import threading
 
 import torch
 from diffusers.utils import logging
 
 
 logger = logging.get_logger(__name__)
+
+# A fast tokenizer keeps padding and truncation from call to call, so two threads would get each other's.
+_TOKENIZING = threading.Lock()
 
 
 def check_prompts(prompt) -> list[str]:
@@ -46,8 +50,10 @@ def embed_prompts(
         device that the encoder runs on.
     """
     device, length = device or text_encoder.device, tokenizer.model_max_length
-    tokens = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-    for text, ids in zip(prompts, tokenizer(prompts, verbose=False).input_ids):
+    with _TOKENIZING:
+        tokens = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        whole = tokenizer(prompts, verbose=False).input_ids
+    for text, ids in zip(prompts, whole):
         if len(ids) > length:
             lost = tokenizer.decode(ids[length - 1 : -1])
             logger.warning(f"prompt: {text!r} has more than the {length} tokens that are read; cut off: {lost!r}")

@@ -4,7 +4,8 @@
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from .adapters import LoraStudent, attach, base_of
 from .assembly import load_parts, load_router
 from .hub import SafePipeline
 from .pipeline_inputs import SLOTS, check_students, networks_of
+from .residents import OPTIONS, ResidentStudents, SavedStudents
 from .routing import ConditionRouter
 
 
@@ -37,14 +39,78 @@ def with_student_slots(init: Callable) -> Callable:
     return init
 
 
+def needs_all_students(method: Callable) -> Callable:
+    """Refuses a method of the pipeline where students come and go."""
+
+    @wraps(method)
+    def checked(self, *args, **kwargs):
+        if self.residents is not None:
+            raise ValueError(f"{method.__name__}: it needs all students; load without max_resident_students for it")
+        return method(self, *args, **kwargs)
+
+    return checked
+
+
 class StudentSlots(SafePipeline):
-    """The part of `MultiStudentPipeline` that holds its components; how they make images is in the class itself."""
+    """The part of `MultiStudentPipeline` that holds its components; how they make images is in the class itself.
+
+    Attributes:
+        residents: what loads the students that have no component, see `from_pretrained`; else None.
+    """
+
+    residents: ResidentStudents | None = None
+
+    # They go over the components, so students that are loaded later would be missed.
+    enable_model_cpu_offload = needs_all_students(SafePipeline.enable_model_cpu_offload)
+    enable_sequential_cpu_offload = needs_all_students(SafePipeline.enable_sequential_cpu_offload)
+    enable_group_offload = needs_all_students(SafePipeline.enable_group_offload)
+    enable_attention_slicing = needs_all_students(SafePipeline.enable_attention_slicing)
+    enable_xformers_memory_efficient_attention = needs_all_students(
+        SafePipeline.enable_xformers_memory_efficient_attention
+    )
 
     @property
     def students(self) -> dict[int, UNet2DModel | UNet2DConditionModel]:
-        """The students that are present, {k: unet}; of LoRA students the one base, see `fuse_student`."""
-        present = {k: getattr(self, slot) for k, slot in enumerate(SLOTS) if getattr(self, slot) is not None}
-        return networks_of(present, self.unet)
+        """The students that are present, {k: unet}; of LoRA students the one base, see `fuse_student`.
+
+        Those that are loaded when needed are here without weights (device meta).
+        """
+        return networks_of(self._members, self.unet)
+
+    @property
+    def _members(self) -> dict[int, Student]:
+        # What is in the slots, networks or adapters, and the shapes of what is loaded later.
+        later = {} if self.residents is None else self.residents.shapes
+        now = {k: getattr(self, slot) for k, slot in enumerate(SLOTS) if getattr(self, slot) is not None}
+        return dict(sorted({**later, **now}.items()))
+
+    def use_student(self, k: int, function: Callable):
+        """`function(unet)` of student k, whether it is a component or loaded for this, see `ResidentStudents.use`."""
+        unet = getattr(self, SLOTS[k])
+        return self.residents.use(k, function) if unet is None else function(unet)
+
+    def in_running_order(self, students: Iterable[int]) -> list[int]:
+        """The numbers once each and ascending, but those of students that still have to be loaded last."""
+        resident = [] if self.residents is None else self.residents.resident
+        return sorted(set(students), key=lambda k: (getattr(self, SLOTS[k]) is None and k not in resident, k))
+
+    def to(self, *args, **kwargs):
+        """As in diffusers; students that are loaded later follow."""
+        super().to(*args, **kwargs)
+        if self.residents is not None:
+            kwargs.pop("silence_dtype_warnings", None)
+            self.residents.to(*args, **kwargs)
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where the students run."""
+        return super().device if self.residents is None else self.residents.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the first student if students are loaded when needed, else of the first component."""
+        return super().dtype if self.residents is None else next(iter(self.residents.shapes.values())).dtype
 
     @property
     def components(self) -> dict:
@@ -53,15 +119,37 @@ class StudentSlots(SafePipeline):
         return {name: c for name, c in super().components.items() if c is not None or name in routed}
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+    def from_pretrained(cls, pretrained_model_name_or_path, max_resident_students: int | None = None, **kwargs):
         """As `SafePipeline.from_pretrained`; `unet_1=None` leaves student 1 out, it is not even downloaded.
 
-        (diffusers' generic `DiffusionPipeline.from_pretrained` would load it all the same.)
+        (diffusers' generic `DiffusionPipeline.from_pretrained` would load it all the same, and load all at once.)
+
+        Args:
+            pretrained_model_name_or_path: a folder, or a repo id on the Hub.
+            max_resident_students: load, and download, a student when a condition is first routed to it, and have at
+                most this many in memory; the least recently used one leaves. In [1, number of students]. None loads
+                all of them now. Calls in several threads are safe, on one CUDA stream. Students that are given
+                (`unet_1=net`, `add_student`) are not counted.
+            kwargs: as there; with `max_resident_students` only components and `residents.OPTIONS`.
 
         Raises:
             ValueError: also if a part of the router has no student and none was left out there, now or at the save.
         """
-        pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        residents, given = None, kwargs
+        if max_resident_students is not None:
+            unknown = sorted(set(kwargs) - {*OPTIONS, *inspect.signature(cls.__init__).parameters})
+            if unknown:
+                raise ValueError(
+                    f"{unknown[0]}: not possible with max_resident_students, which takes {', '.join(OPTIONS)} and "
+                    "components"
+                )
+            saved = SavedStudents(cls, pretrained_model_name_or_path, kwargs)
+            residents = ResidentStudents(saved.load, saved.shapes, max_resident_students)
+            given = saved.options_for_the_rest(kwargs)
+        pipe = super().from_pretrained(pretrained_model_name_or_path, **given)
+        if residents is not None:
+            pipe.residents = residents
+            check_students(pipe.students, pipe.router, pipe.vae, pipe.text_encoder)
         parts = range(0 if pipe.router is None else pipe.router.num_students)
         missing = [SLOTS[k] for k in parts if k not in pipe.students and SLOTS[k] not in kwargs]
         # One that was left out when the pipeline was saved is in the index, as [null, null].
@@ -73,6 +161,13 @@ class StudentSlots(SafePipeline):
                 "pass None for a slot to load the pipeline without it"
             )
         return pipe
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs):
+        """As in diffusers; ValueError for a pipeline that was loaded with `max_resident_students`."""
+        if isinstance(pipeline, StudentSlots) and pipeline.residents is not None:
+            raise ValueError("pipeline: it was loaded with max_resident_students, so its students are no components")
+        return super().from_pipe(pipeline, **kwargs)
 
     @classmethod
     def from_students(
@@ -116,7 +211,7 @@ class StudentSlots(SafePipeline):
         """
         if k not in range(len(SLOTS)):
             raise ValueError(f"k: {k!r} is not a student, allowed are 0 ... {len(SLOTS) - 1}")
-        others = {other: getattr(self, SLOTS[other]) for other in self.students if other != k}
+        others = {other: member for other, member in self._members.items() if other != k}
         networks = networks_of({**others, k: unet}, self.unet)
         check_students(networks, self.router, self.vae, self.text_encoder)
         if isinstance(unet, LoraStudent):
@@ -125,12 +220,11 @@ class StudentSlots(SafePipeline):
 
     def count_parameters(self) -> tuple[int, int]:
         """Parameters of the largest network that makes an image, and of all students with what they share."""
-        sizes = [getattr(self, SLOTS[k]).num_parameters() for k in self.students]
-        if self.unet is None:
-            return max(sizes), sum(sizes)
-        shared = base_of(self.unet).num_parameters()
+        sizes = [member.num_parameters() for member in self._members.values()]
+        shared = 0 if self.unet is None else base_of(self.unet).num_parameters()
         return shared + max(sizes), shared + sum(sizes)
 
+    @needs_all_students
     def fuse_student(self, k: int) -> UNet2DModel | UNet2DConditionModel:
         """Student k as an ordinary network of its own; of a LoRA student the sum of base and adapter.
 
@@ -142,13 +236,16 @@ class StudentSlots(SafePipeline):
         """
         if k not in self.students:
             raise ValueError(f"k: {k!r} is not present, allowed are {list(self.students)}")
-        return self.students[k] if self.unet is None else getattr(self, SLOTS[k]).fuse(self.unet)
+        member = self._members[k]
+        return member.fuse(self.unet) if isinstance(member, LoraStudent) else member
 
+    @needs_all_students
     def fuse_students(self) -> "StudentSlots":
         """This pipeline with each LoRA student as a full network: K times the memory, and no PEFT to run it."""
         parts = {**self.components, **{SLOTS[k]: self.fuse_student(k) for k in self.students}}
         return type(self)(**{**parts, "unet": None}, student_timesteps=self.config.student_timesteps)
 
+    @needs_all_students
     def save_pretrained(self, save_directory: str | Path, **kwargs):
         """As `SafePipeline.save_pretrained`; the base of LoRA students is saved without them, as it was before."""
         saved = copy.copy(self)
