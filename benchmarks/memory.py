@@ -111,7 +111,7 @@ class BenchmarkConfig:
     batch_size: int | None = field(default=None, metadata={"help": "Samples per update and device; default: by size."})
     limits_gb: list[float] = field(
         default_factory=list,
-        metadata={"help": "Memory of devices; the largest batch that each setting allows there, with 1 GB to spare."},
+        metadata={"help": "Memory of devices; the largest micro-batch that fits there with 1 GB to spare."},
     )
     output: str | None = field(default=None, metadata={"help": "JSON file of the figures."})
 
@@ -143,7 +143,8 @@ def training_config(setting: Setting, batch_size: int) -> TrainingConfig:
 def build_turns(stage: str, size: Size, setting: Setting, training: TrainingConfig, place: Callable) -> list[Turn]:
     """The turns of a stage as train_msd.py builds them, of networks that `place` makes from a function."""
     dtype = autocast_dtype(training)
-    teacher = place(lambda: size.make().to(dtype or torch.float32).eval())
+    # nn.Module's own: the method of diffusers warns of layers that are to stay in float32, though there are none.
+    teacher = place(lambda: nn.Module.to(size.make(), dtype).eval())
 
     def network(role: str) -> ModelMixin:
         if role in setting.lora:
@@ -195,19 +196,23 @@ def measure(stage: str, size_name: str, setting_name: str, batch_size: int) -> d
     }
 
 
-def largest_batch(stage: str, size: Size, setting: Setting, estimated: dict, limits: list[float]) -> list[int]:
-    """Samples per pass that the estimate has room for; passes grow linearly, so two of them give all others."""
-    small = estimated["batch_size"]
+def largest_batch(stage: str, size: Size, setting: Setting, estimated: dict, limits: list[float]) -> list[int | None]:
+    """Samples per pass that the estimate has room for within each limit; None without micro-batches.
+
+    With those all gradients are there during a pass, which so grows by the same for every sample: two passes give all
+    others. Otherwise gradients take the place of activations that are done with, and a pass grows more and more.
+    """
     passes = setting.training.get("gradient_accumulation_steps", 1)
-    larger = estimate(stage, size, setting, 2 * small * passes)
+    if passes == 1 or not limits:
+        return [None] * len(limits)
+    small, turns = estimated["batch_size"], estimated["turns"]
+    larger = estimate(stage, size, setting, 2 * small * passes)["turns"]
     result = []
     for limit in limits:
         free = (limit - 1) * 1e9 - estimated["resident"]
-        fits = [] if free < max(turn["update"] for turn in estimated["turns"].values()) else [10**6]
-        for name, turn in estimated["turns"].items():
-            slope = (larger["turns"][name]["pass"] - turn["pass"]) / small
-            fits.append(int(small + (free - turn["pass"]) // slope))
-        result.append(max(0, min(fits)) if len(fits) > len(estimated["turns"]) else 0)
+        room = [small * (1 + (free - turns[t]["pass"]) / (larger[t]["pass"] - turns[t]["pass"])) for t in turns]
+        updates = max(turn["update"] for turn in turns.values())
+        result.append(max(0, int(min(room))) if updates <= free else 0)
     return result
 
 
@@ -232,9 +237,7 @@ def figures(config: BenchmarkConfig) -> Iterator[dict]:
             "setting": name,
             "estimate": estimated,
             "measured": measured.get((stage, name)),
-            "largest_batch": largest_batch(stage, size, SETTINGS[name], estimated, config.limits_gb)
-            if config.limits_gb
-            else [],
+            "largest_batch": largest_batch(stage, size, SETTINGS[name], estimated, config.limits_gb),
         }
 
 
@@ -247,7 +250,7 @@ def row(entry: dict, unit: float) -> list[str]:
     cells += [f"{top / unit:.2f} ({turn})", f"**{e['peak'] / unit:.2f}**"]
     if measured is not None:
         cells += [f"{measured['live'] / unit:.2f}", f"{measured['resident'] / unit:.2f}"]
-    return cells + [str(batch) for batch in entry["largest_batch"]]
+    return cells + ["-" if batch is None else str(batch) for batch in entry["largest_batch"]]
 
 
 def main():
@@ -259,7 +262,7 @@ def main():
     header = ["stage", "setting", "weights", "optimizer, EMA", "largest pass or update (turn)", "peak, estimated"]
     if size.measured:
         header += ["live, measured", "resident, measured"]
-    header += [f"batch on {limit:g} GB" for limit in config.limits_gb]
+    header += [f"micro-batch on {limit:g} GB" for limit in config.limits_gb]
     print(f"\n{config.size}, batch {config.batch_size}, LoRA of rank {size.rank}, torch {torch.__version__}; {name}\n")
     print(table(header, []))
     for entry in figures(config):

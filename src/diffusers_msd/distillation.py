@@ -1,0 +1,311 @@
+# Copyright 2026 The diffusers_msd authors.
+# SPDX-License-Identifier: Apache-2.0
+"""One run of multi-student distillation: what K students share, and the stages of each."""
+
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+from diffusers import ModelMixin
+from filelock import FileLock
+
+from .adapters import AdapterConfig, LoraStudent, lora_network
+from .checkpoint import load_weights
+from .conditions import ConditionConfig, conditions_for, fit_router
+from .config import for_stage
+from .data import DataConfig
+from .denoiser import Denoiser, denoiser_for
+from .draws import derive_seed
+from .files import check_writable, fingerprint, load_model, model_fingerprint
+from .metrics import FeatureNet
+from .objectives import PERCEPTUAL
+from .pairs import PairDataset
+from .pipeline_msd import SLOTS, MultiStudentPipeline
+from .runs import claim_run
+from .schedule import NoiseSchedule
+from .stage_config import StageConfig
+from .stages import STAGES, build_stage
+from .students import StudentConfig, check_preset, check_student, create_student, is_same_architecture
+from .teachers import load_teacher
+from .training import Trainer
+from .training_config import TrainingConfig, autocast_dtype, create_accelerator
+from .validation import Validation
+
+
+@dataclass
+class MSDConfig:
+    """What is distilled into what."""
+
+    pretrained_teacher_model: str = field(
+        metadata={"help": "Folder or Hub id of the teacher: unet/, scheduler/, and for Stable Diffusion the rest."}
+    )
+    output_dir: str = field(metadata={"help": "Folder of the run; becomes the pipeline."})
+    num_students: int = field(default=1, metadata={"help": "K, the number of students and parts of the conditions."})
+    student_index: int | None = field(default=None, metadata={"help": "Train only this one of 0 ... K-1."})
+    stages: list[str] = field(
+        default_factory=lambda: ["dm", "adm"],
+        metadata={"help": "Stages to run, in the order tsm, dm, adm.", "choices": list(STAGES)},
+    )
+    pairs_dir: str | None = field(default=None, metadata={"help": "Pairs of generate_pairs.py, for the DM stage."})
+    allow_random_student: bool = field(
+        default=False, metadata={"help": "Start a smaller student without the TSM stage."}
+    )
+    validation_feature_net: str | None = field(
+        default=None, metadata={"help": "Feature network whose Fréchet distance is logged at each validation."}
+    )
+    num_validation_images: int = field(default=512, metadata={"help": "Images per validation distance."})
+    dry_run: bool = field(
+        default=False,
+        metadata={
+            "help": "Print parameters, memory, disk and hours of each stage, and train nothing. Needs the "
+            "teacher's config files alone."
+        },
+    )
+    dry_run_tflops: float = field(
+        default=60.0, metadata={"help": "Sustained TFLOP/s of one device that the hours of a dry run assume."}
+    )
+    push_to_hub: bool = field(default=False, metadata={"help": "Push the finished pipeline to the Hub."})
+    hub_model_id: str | None = field(default=None, metadata={"help": "Its repository; default: the folder's name."})
+    hub_token: str | None = field(default=None, metadata={"help": "Token to push with; default: the saved login."})
+
+
+def check_config(
+    config: MSDConfig,
+    conditions,
+    teacher: ModelMixin,
+    student: StudentConfig,
+    adapter: AdapterConfig,
+    stage_config: StageConfig,
+):
+    """Refuses what cannot work before anything is trained."""
+    adapter.lora(teacher)
+    most = min(len(conditions.values), len(SLOTS))
+    if not 1 <= config.num_students <= most:
+        raise ValueError(
+            f"num_students: 1 to {most} (the {len(conditions.values)} conditions, at most {len(SLOTS)}) expected, "
+            f"got {config.num_students}"
+        )
+    if config.student_index is not None and not 0 <= config.student_index < config.num_students:
+        raise ValueError(f"student_index: 0 to {config.num_students - 1} expected, got {config.student_index}")
+    if config.stages != [s for s in STAGES if s in config.stages]:
+        raise ValueError(f"stages: a selection of {' '.join(STAGES)} in this order expected, got {config.stages}")
+    if "dm" in config.stages and stage_config.regression_weight > 0 and config.pairs_dir is None:
+        raise ValueError(
+            "pairs_dir: the DM stage regresses on the teacher's pairs; make them with generate_pairs.py, "
+            "or pass --regression_weight 0"
+        )
+    if stage_config.guidance_scale not in (None, 1) and conditions.null is None:
+        raise ValueError(
+            f"guidance_scale: this teacher has no null condition (a class that stands for none), leave it out; "
+            f"got {stage_config.guidance_scale}"
+        )
+    if student.student_preset is not None:
+        check_preset(student.student_preset, teacher)
+    try:
+        candidate = create_student(
+            teacher, student.student_channels, student.student_blocks, init=student.student_init
+        )
+    except ValueError as error:
+        # It speaks of its own arguments, channels and blocks.
+        raise ValueError(f"student_{error}") from error
+    check_student(candidate, teacher)
+    other_size = not is_same_architecture(candidate, teacher)
+    if adapter.student_type == "lora" and other_size:
+        raise ValueError("student_type: lora students have the teacher's size, leave student_channels and _blocks out")
+    if other_size and config.stages[0] != "tsm" and not config.allow_random_student:
+        raise ValueError(
+            "stages: a student of another size than the teacher is no denoiser yet, even with inherited weights, and "
+            "needs the tsm stage first: --stages tsm dm adm; --allow_random_student starts it without"
+        )
+
+
+class Run:
+    """One run: everything the students share, and the training of each."""
+
+    def __init__(
+        self,
+        config: MSDConfig,
+        condition: ConditionConfig,
+        student: StudentConfig,
+        adapter: AdapterConfig,
+        data: DataConfig,
+        stage: StageConfig,
+        training: TrainingConfig,
+    ):
+        self.config, self.condition, self.student, self.adapter = config, condition, student, adapter
+        self.stage, self.training = stage, training
+        teacher, self.scheduler = load_teacher(config.pretrained_teacher_model)
+        self.conditions = conditions_for(
+            teacher,
+            config.pretrained_teacher_model,
+            condition.captions_dir,
+            condition.pooling,
+            condition.validation_prompts,
+        )
+        check_config(config, self.conditions, teacher, student, adapter, stage)
+        count = len(config.stages)
+        stages = [(name, for_stage(stage, i, count)) for i, name in enumerate(config.stages)]
+        for i in range(count):
+            for_stage(training, i, count)
+        self.output_dir = check_writable(config.output_dir, "output_dir")
+        self.router = fit_router(self.conditions, condition, config.num_students, training.seed)
+        assigned = self.conditions.assign(self.router)
+        self.parts = [torch.nonzero(assigned == k).flatten() for k in range(config.num_students)]
+        self.fingerprint = model_fingerprint(teacher, self.scheduler)
+        self.datasets = self._open_data(data)
+        self.feature_net = None
+        if config.validation_feature_net is not None:
+            self.feature_net = load_model(FeatureNet, config.validation_feature_net, "validation_feature_net")
+        # A stage that cannot be built (its networks, an extra that is missing) says so before another is trained.
+        self.schedule = NoiseSchedule.from_scheduler(self.scheduler)
+        probe = denoiser_for(teacher, self.schedule)
+        for name, settings in stages:
+            build_stage(name, probe, probe, probe, self.conditions.part(self.parts[0]), settings)
+        claim_run(self.output_dir, self._shared_settings(assigned))
+
+        self.accelerator = create_accelerator(training, self.output_dir)
+        if self.accelerator.is_main_process:
+            self.conditions.report(self.router, self.output_dir)
+        self.dtype = autocast_dtype(training)
+        self.teacher_model = teacher
+        # The one that is asked for predictions is only read, so it may live in the lower precision.
+        self.teacher = self._denoiser(teacher if self.dtype is None else create_student(teacher)).to(self.dtype)
+        self.teacher.requires_grad_(False)
+
+    def _open_data(self, data: DataConfig) -> dict:
+        datasets = {}
+        if {"tsm", "adm"} & set(self.config.stages) or self.config.validation_feature_net:
+            datasets["images"] = self.conditions.images(data)
+            for rows in self.parts:
+                datasets["images"].part(rows)  # Refuses a part without images.
+        if "dm" in self.config.stages and self.stage.regression_weight > 0:
+            # All parts, the same for every student: filtering the pairs by part costs modes.
+            datasets["pairs"] = PairDataset(
+                self.config.pairs_dir, self.fingerprint, self.conditions.values, self.conditions.identity
+            )
+        return datasets
+
+    def _shared_settings(self, assigned: torch.Tensor) -> dict:
+        """What all jobs of a run, and a resumed one, must have in common."""
+        return {
+            "teacher": self.fingerprint,
+            "num_students": self.config.num_students,
+            "partition": fingerprint(
+                {"student_of_each_condition": assigned}, {"conditions": self.conditions.identity}
+            ),
+            "stages": self.config.stages,
+            "student_channels": self.student.student_channels,
+            "student_blocks": self.student.student_blocks,
+            **asdict(self.adapter),
+            "student_init": self.student.student_init,
+            "seed": self.training.seed,
+        }
+
+    def _denoiser(self, model: ModelMixin) -> Denoiser:
+        # eval(): distillation runs without dropout, whatever the teacher was trained with.
+        return denoiser_for(model, self.schedule, null_cond=self.conditions.null, autocast_dtype=self.dtype).eval()
+
+    def train_student(self, k: int):
+        """Runs the stages of student k, each from the weights of the one before."""
+        count = len(self.config.stages)
+        seed = self.training.seed
+        previous: Path | None = None
+        for i, stage in enumerate(self.config.stages):
+            folder = self.output_dir / f"student_{k}" / stage
+            if not (folder / "final" / "summary.json").is_file():
+                student, fake_score = self._start(previous, k)
+                part, rows = self.conditions.part(self.parts[k]), self.parts[k]
+                settings = for_stage(self.stage, i, count)
+                # Seeds the discriminator's initial weights.
+                torch.manual_seed(derive_seed(seed, k, stage))
+                turns = build_stage(stage, student, self.teacher, fake_score, part, settings, self._decode(settings))
+                datasets = dict(self.datasets)
+                if "images" in datasets:
+                    datasets["images"] = datasets["images"].part(rows)
+                validation = Validation(
+                    student,
+                    part,
+                    self.conditions.shown(self.router, k, rows),
+                    self.conditions.decoder,
+                    folder,
+                    self.feature_net,
+                    datasets.get("images"),
+                    self.config.num_validation_images,
+                )
+                Trainer(
+                    self.accelerator,
+                    turns,
+                    datasets,
+                    for_stage(self.training, i, count),
+                    folder,
+                    name=f"student_{k}/{stage}",
+                    validate=validation,
+                ).fit()
+                if self.training.resume_from_checkpoint is not None:
+                    # A checkpoint given by name is of the stage that was interrupted, not of later ones.
+                    self.training = replace(self.training, resume_from_checkpoint="latest")
+            previous = folder / "final"
+
+    def _decode(self, settings: StageConfig):
+        """Samples to images with gradient, for distances that are defined on images; None for the others."""
+        if settings.regression_weight > 0 and settings.regression_distance in PERCEPTUAL:
+            return self.conditions.decoder(self.accelerator.device)
+        return None
+
+    def _start(self, previous: Path | None, k: int) -> tuple[Denoiser, Denoiser]:
+        """Student and fake score at the start of a stage: from the one before, else from the teacher."""
+        seed, adapter = self.training.seed, self.adapter
+        lora, base = adapter.lora(self.teacher_model), self.teacher.model
+        if adapter.student_type == "lora":
+            student = lora_network(base, lora, derive_seed(seed, "student", k))
+        else:
+            size = self.student.student_channels, self.student.student_blocks
+            seed_k = derive_seed(seed, "student", k)
+            student = create_student(self.teacher_model, *size, seed_k, self.student.student_init)
+        if adapter.fake_score_type == "lora":
+            fake_score = lora_network(base, lora, derive_seed(seed, "fake_score", k))
+        else:
+            fake_score = create_student(self.teacher_model)
+        if previous is not None:
+            load_weights(student, previous / "student", "output_dir")
+            if (previous / "fake_score").is_dir():
+                load_weights(fake_score, previous / "fake_score", "output_dir")
+        device = self.accelerator.device
+        return self._denoiser(student).to(device), self._denoiser(fake_score).to(device)
+
+    def finals(self) -> dict[int, Path]:
+        """The finished students."""
+        last = self.config.stages[-1]
+        folders = {k: self.output_dir / f"student_{k}" / last / "final" for k in range(self.config.num_students)}
+        return {k: folder for k, folder in folders.items() if (folder / "summary.json").is_file()}
+
+    def assemble(self) -> MultiStudentPipeline | None:
+        """Saves the pipeline in the output folder once every student is there; None before."""
+        # Of jobs that end together, one at a time.
+        with FileLock(self.output_dir / ".assemble.lock"):
+            finals = self.finals()
+            if len(finals) < self.config.num_students:
+                return None
+            lora = self.adapter.student_type == "lora"
+            students = {
+                f"unet_{k}": LoraStudent.from_pretrained(folder / "student")
+                if lora
+                else load_model(type(self.teacher_model), folder / "student", "output_dir")
+                for k, folder in finals.items()
+            }
+            if lora:
+                students["unet"] = self.teacher_model
+            pipe = MultiStudentPipeline(
+                scheduler=self.scheduler, router=self.router, **self.conditions.components(), **students
+            )
+            pipe.model_card_details = self._card()
+            pipe.save_pretrained(self.output_dir)
+            return pipe
+
+    def _card(self) -> str:
+        stages = " -> ".join(self.config.stages).upper()
+        partition = self.condition.router or self.condition.partition or self.conditions.default_partition
+        return (
+            f"## Training\n\nTeacher: `{Path(self.config.pretrained_teacher_model).name}` (fingerprint "
+            f"`{self.fingerprint[:12]}`). Stages: {stages}. Partition: {partition}. Seed: {self.training.seed}."
+        )
