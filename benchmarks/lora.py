@@ -21,7 +21,7 @@ from pipeline import NETS, set_up_device, table, take_turns
 from diffusers_msd import ClassRouter, LoraStudent, MultiStudentPipeline
 from diffusers_msd.adapters import adapter_parameters, lora_config, lora_network
 from diffusers_msd.config import parse_config, run_script
-from diffusers_msd.denoiser import sample_shape
+from diffusers_msd.denoiser import num_classes, sample_shape
 from diffusers_msd.files import check_writable, write_json
 
 
@@ -45,7 +45,7 @@ def lora_pipeline(base, rank: int, k: int) -> MultiStudentPipeline:
         for parameter in adapter_parameters(network):
             torch.nn.init.normal_(parameter.data, std=0.02)
         students[f"unet_{i}"] = LoraStudent.of(network)
-    router = ClassRouter.consecutive(base.config.num_class_embeds, k)
+    router = ClassRouter.consecutive(num_classes(base), k)
     pipe = MultiStudentPipeline(EDMEulerScheduler(), router, unet=base, **students)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -34,7 +34,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from diffusers_msd import ClassRouter, EmbeddingRouter, MultiStudentPipeline
 from diffusers_msd.config import parse_config, run_script
 from diffusers_msd.data import DataConfig
-from diffusers_msd.denoiser import denoiser_for, sample_shape
+from diffusers_msd.denoiser import denoiser_for, num_classes, sample_shape
 from diffusers_msd.files import check_writable, write_json
 from diffusers_msd.prompts import pool_embeddings
 from diffusers_msd.schedule import NoiseSchedule
@@ -170,7 +170,7 @@ def take_turns(
 def build_pipeline(net: UNet2DModel, num_students: int) -> MultiStudentPipeline:
     """A pipeline of copies of `net`, each with memory of its own."""
     students = {f"unet_{k}": create_student(net).to(net.dtype).eval() for k in range(num_students)}
-    router = ClassRouter.consecutive(net.config.num_class_embeds, num_students)
+    router = ClassRouter.consecutive(num_classes(net), num_students)
     pipe = MultiStudentPipeline(EDMEulerScheduler(), router, **students).to(net.device)
     pipe.set_progress_bar_config(disable=True)
     return pipe

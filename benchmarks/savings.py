@@ -26,7 +26,7 @@ from pipeline import NETS, table, take_turns
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusers_msd.config import parse_config, run_script
-from diffusers_msd.denoiser import Denoiser, denoiser_for, sample_shape
+from diffusers_msd.denoiser import Denoiser, denoiser_for, num_classes, sample_shape
 from diffusers_msd.draws import Draws
 from diffusers_msd.files import check_writable, write_json
 from diffusers_msd.memory import LiveBytes
@@ -295,7 +295,7 @@ def main():
     torch.manual_seed(0)
     net = NETS[config.size]().requires_grad_(True).eval()
     x, images, noise = torch.randn(3, config.batch_size, *sample_shape(net))
-    cond = torch.arange(config.batch_size) % net.config.num_class_embeds
+    cond = torch.arange(config.batch_size) % num_classes(net)
     rows = [compare(saving, config.repeats) for saving in savings(net, x, cond, config.compile)]
     errors = dm_gradient_errors(x.shape)
     turns = by_turn(net, {"images": images, "noise": noise, "cond": cond}, config.batch_size)

@@ -31,7 +31,7 @@ from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffusers_msd.config import parse_config, run_script
-from diffusers_msd.denoiser import Denoiser, denoiser_for, sample_shape
+from diffusers_msd.denoiser import Denoiser, denoiser_for, num_classes, sample_shape
 from diffusers_msd.files import check_writable, write_json
 from diffusers_msd.pairs import pair_noise
 from diffusers_msd.schedule import NoiseSchedule
@@ -187,8 +187,8 @@ def run_stage(stage: str, interval: int, config: BenchmarkConfig) -> dict:
         report_to="none",
     )
     nets = build_nets(config, autocast_dtype(training), meter)
-    shape, num_classes = sample_shape(nets["teacher"].model), nets["teacher"].model.config.num_class_embeds
-    classes = torch.arange(num_classes, device=config.device)
+    shape = sample_shape(nets["teacher"].model)
+    classes = torch.arange(num_classes(nets["teacher"].model), device=config.device)
     weights = StageConfig(student_update_interval=[interval])
     turns = build_stage(stage, nets["student"], nets["teacher"], nets["fake score"], classes, weights)
     for turn in turns:
@@ -196,7 +196,7 @@ def run_stage(stage: str, interval: int, config: BenchmarkConfig) -> dict:
         if "discriminator" in turn.models():
             head = turn.models()["discriminator"]
             meter.watch("discriminator", head, head.layers[0], head.layers[-1])
-    data = {need: RandomData(shape, num_classes, need == "pairs") for need in ("images", "pairs")}
+    data = {need: RandomData(shape, len(classes), need == "pairs") for need in ("images", "pairs")}
     accelerator = MeteredAccelerator(meter, cpu=config.device == "cpu")
     with tempfile.TemporaryDirectory() as folder:
         trainer = MeteredTrainer(accelerator, turns, data, training, Path(folder), f"{stage}, interval {interval}")

@@ -5,6 +5,7 @@
 import json
 
 import numpy as np
+import pytest
 from helpers import edm_scheduler, tiny_unet
 from test_data import encoded, random_images, write_zip
 from test_scripts import SCRIPTS, SHORT, run
@@ -31,6 +32,22 @@ def test_dry_run_needs_the_teachers_config_files_only_and_no_lpips(tmp_path, cap
     assert "one sample: 3x8x8" in dm and "not counted: the network of the lpips distance" in dm
     assert "20,000 iterations" in dm and "140,000 iterations" in adm and "not counted" not in adm
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("dtype", ["no", "bf16"])
+def test_dry_run_of_adapters_counts_them_as_what_is_trained(dtype, tmp_path, capsys):
+    imagenet_net().save_config(tmp_path / "teacher" / "unet")
+    edm_scheduler().save_pretrained(tmp_path / "teacher" / "scheduler")
+    arguments = ["--student_type", "lora", "--fake_score_type", "lora", "--rank", 2, "--mixed_precision", dtype]
+    arguments += ["--pretrained_teacher_model", tmp_path / "teacher", "--output_dir", tmp_path / "run", "--dry_run"]
+    assert run("train_msd.py", *arguments, "--stages", "tsm", "dm", "adm", "--max_train_steps", 10) == 0
+    printed = capsys.readouterr().out.splitlines()
+
+    def weights(role: str) -> list[float]:
+        return [float(line.split()[-2]) for line in printed if line.startswith(role + ",") and line.endswith("MB")]
+
+    (teacher,), (adapter,) = map(set, (weights("teacher"), weights("student")))
+    assert set(weights("fake_score")) == {adapter} and adapter < teacher
 
 
 def test_recipe_from_the_zip_to_the_distance(tmp_path):

@@ -5,6 +5,7 @@
 from dataclasses import replace
 
 import torch
+from torch import nn
 
 from .adapters import AdapterConfig, lora_network
 from .conditions import CONDITIONS
@@ -37,10 +38,9 @@ def dry_run(
             if kind == "lora":
                 model = lora_network(frozen.model, adapter.lora(teacher)).eval()
             else:
-                model = create_student(teacher, channels, blocks).eval()
-            net = denoiser_for(model, schedule, null_cond=cond[0], autocast_dtype=dtype).to(weight_dtype)
-        without_data(model)
-        return net
+                # nn.Module's own: diffusers' warns of layers that are to stay in float32, though there are none.
+                model = nn.Module.to(create_student(teacher, channels, blocks), weight_dtype).eval()
+        return denoiser_for(without_data(model), schedule, null_cond=cond[0], autocast_dtype=dtype)
 
     frozen = denoiser(weight_dtype=dtype)
 
