@@ -90,6 +90,17 @@ def test_a_batch_keeps_the_order_of_its_indices_and_equals_single_items(whole):
         dataset[10]
 
 
+def test_a_part_has_the_pairs_of_its_conditions_only(whole):
+    dataset = PairDataset(whole)
+    part = dataset.part(torch.tensor([1, 3]))
+    batch = part.__getitems__([0, 1, 4])
+    assert len(part) == 5 and batch["cond"].tolist() == [1, 3, 1]
+    expected = dataset.__getitems__([1, 3, 9])
+    assert all(torch.equal(batch[name], expected[name]) for name in expected)
+    with pytest.raises(ValueError, match="^pairs_dir: none of the 10 pairs"):
+        dataset.part(torch.tensor([4]))
+
+
 def test_changing_a_batch_does_not_change_the_set(whole):
     before, dataset = contents(whole), PairDataset(whole)
     dataset.__getitems__([0, 1])["images"].zero_()

@@ -394,6 +394,15 @@ def test_dm_without_regression_needs_no_pairs(teacher, tmp_path):
     assert MultiStudentPipeline.from_pretrained(tmp_path).students.keys() == {0}
 
 
+@pytest.mark.parametrize("k, same", [(1, True), (2, False)])
+def test_filtered_pairs_are_those_of_the_students_part(k, same, teacher, pairs, tmp_path):
+    arguments = ["--stages", "dm", "--num_students", k, "--student_index", 0]
+    assert distil(teacher, pairs, tmp_path / "all", *arguments) == 0
+    assert distil(teacher, pairs, tmp_path / "part", *arguments, "--filter_pairs") == 0
+    changed = different(*(tmp_path / name / "student_0" / "dm" / "final" / "student" for name in ("all", "part")))
+    assert (changed == []) == same
+
+
 @pytest.mark.parametrize("init", ["random", "inherit"])
 def test_smaller_student_without_tsm_may_be_asked_for(init, teacher, pairs, tmp_path):
     arguments = ["--student_channels", 4, 8, "--stages", "dm", "--allow_random_student", "--max_train_steps", 1]

@@ -132,13 +132,36 @@ def test_the_gan_loss_alone_reaches_head_and_encoder_only():
     assert touched == {"conv_in", "time_embedding", "class_embedding", "down_blocks"}
 
 
-def test_the_students_gan_gradient_reaches_the_student_through_head_and_encoder():
+def test_on_the_teachers_features_the_critics_gan_gradient_reaches_the_head_alone():
     nets = networks()
-    turn = stage("adm", nets)[0]
+    turn = stage("adm", nets, gan_features="teacher")[1]
+    turn.claim()
+    turn(data(), draws())["gan"].mean().backward()
+    assert nonzero(turn.discriminator) == {name for name, _ in turn.discriminator.named_parameters()}
+    assert gradients(nets["fake_score"]) == {} and gradients(nets["teacher"]) == {}
+
+
+def test_the_head_sees_the_features_of_the_network_that_is_named():
+    """It does not change if the other network does."""
+    for name, other in (("teacher", "fake_score"), ("fake_score", "teacher")):
+        losses = []
+        for seeds in ({}, {other: 5}, {name: 5}):
+            nets = {**networks(), **{role: denoiser(seed) for role, seed in seeds.items()}}
+            turns = stage("adm", nets, gan_features=name)
+            losses.append([turn(data(), draws())["gan"] for turn in turns])
+        for unchanged, same, changed in zip(*losses):
+            assert torch.equal(unchanged, same) and not torch.equal(unchanged, changed)
+
+
+@pytest.mark.parametrize("features", ["fake_score", "teacher"])
+def test_the_students_gan_gradient_reaches_the_student_through_head_and_encoder(features):
+    nets = networks()
+    turn = stage("adm", nets, gan_features=features)[0]
     turn.claim()
     turn(data(), draws())["gan"].mean().backward()
     assert nonzero(nets["student"].model) == {n for n, _ in nets["student"].model.named_parameters()}
     assert gradients(nets["fake_score"]) == {} and gradients(turn.frozen["discriminator"]) == {}
+    assert gradients(nets["teacher"]) == {}
 
 
 def test_the_teacher_never_becomes_trainable():
@@ -509,6 +532,7 @@ def test_sample_shape_takes_one_size_or_two():
         ({"gan_t_max": 0.0}, "gan_t_max"),
         ({"gan_warmup_steps": -1}, "gan_warmup_steps"),
         ({"regression_distance": "l3"}, "regression_distance"),
+        ({"gan_features": "student"}, "gan_features"),
         ({"student_update_interval": [0]}, "student_update_interval"),
         ({"student_update_interval": [5, -1]}, "student_update_interval"),
         ({"regression_weight": float("nan")}, "regression_weight"),

@@ -47,6 +47,10 @@ class MSDConfig:
         metadata={"help": "Stages to run, in the order tsm, dm, adm.", "choices": list(STAGES)},
     )
     pairs_dir: str | None = field(default=None, metadata={"help": "Pairs of generate_pairs.py, for the DM stage."})
+    filter_pairs: bool = field(
+        default=False,
+        metadata={"help": "Regress on the pairs of the student's own part only; an ablation, it costs modes."},
+    )
     allow_random_student: bool = field(
         default=False, metadata={"help": "Start a smaller student without the TSM stage."}
     )
@@ -183,7 +187,15 @@ class Run:
             datasets["pairs"] = PairDataset(
                 self.config.pairs_dir, self.fingerprint, self.conditions.values, self.conditions.identity
             )
+            if self.config.filter_pairs:
+                for rows in self.parts:
+                    datasets["pairs"].part(rows)  # Refuses a part without pairs.
         return datasets
+
+    def _datasets_of(self, rows: torch.Tensor) -> dict:
+        """Those of the student whose conditions are `rows`."""
+        filtered = {"images", "pairs"} if self.config.filter_pairs else {"images"}
+        return {name: data.part(rows) if name in filtered else data for name, data in self.datasets.items()}
 
     def _shared_settings(self, assigned: torch.Tensor) -> dict:
         """What all jobs of a run, and a resumed one, must have in common."""
@@ -219,9 +231,7 @@ class Run:
                 # Seeds the discriminator's initial weights.
                 torch.manual_seed(derive_seed(seed, k, stage))
                 turns = build_stage(stage, student, self.teacher, fake_score, part, settings, self._decode(settings))
-                datasets = dict(self.datasets)
-                if "images" in datasets:
-                    datasets["images"] = datasets["images"].part(rows)
+                datasets = self._datasets_of(rows)
                 validation = Validation(
                     student,
                     part,

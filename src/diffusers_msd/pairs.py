@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch.utils.data import Dataset, Subset
 from tqdm.auto import tqdm
 
 from .denoiser import Denoiser
@@ -51,7 +52,7 @@ def _shards(folder: Path, index: dict, argument: str) -> Shards:
     return Shards(folder, index, index["num_pairs"], "pairs", argument, MADE_BY)
 
 
-class PairDataset(torch.utils.data.Dataset):
+class PairDataset(Dataset):
     """The full pair set, all conditions: the regression of every student uses all of it (MSD, arXiv 2410.23274).
 
     Every shard is checked against its SHA-256 when the set is opened; the images stay in their files until asked for.
@@ -100,6 +101,20 @@ class PairDataset(torch.utils.data.Dataset):
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def part(self, rows: torch.Tensor) -> Subset:
+        """The pairs of some conditions only, in their old order: an ablation, since it costs a student modes.
+
+        Args:
+            rows: which of the conditions, LongTensor [n].
+
+        Raises:
+            ValueError: no pair has one of them.
+        """
+        mine = torch.isin(self.labels, rows).nonzero().flatten().tolist()
+        if not mine:
+            raise ValueError(f"pairs_dir: none of the {len(self)} pairs has one of a part's {len(rows)} conditions")
+        return Subset(self, mine)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """{"noise": float32 [C, H, W], "cond": [...], "images": float32 [C, H, W]}."""

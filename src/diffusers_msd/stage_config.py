@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from .objectives import DISTANCES
 
 
+GAN_FEATURES = ("fake_score", "teacher")
+
+
 @dataclass
 class StageConfig:
     """Weights and schedules of the distillation stages. A list has one value for all stages, or one per stage."""
@@ -49,6 +52,14 @@ class StageConfig:
             "(DMD2: 3e-3 * 12288 = 37 on ImageNet-64), so that it carries over to other image sizes."
         },
     )
+    gan_features: str = field(
+        default="fake_score",
+        metadata={
+            "help": "Whose features the discriminator sees: those of the fake score, which learns with it (DMD2), or of "
+            "the frozen teacher.",
+            "choices": list(GAN_FEATURES),
+        },
+    )
     gan_warmup_steps: int = field(
         default=0,
         metadata={
@@ -73,7 +84,6 @@ class StageConfig:
         for name in ("regression_weight", "gan_generator_weight", "gan_critic_weight", "gan_warmup_steps"):
             if not vars(self)[name] >= 0:  # a NaN is refused too
                 raise ValueError(f"{name}: a number >= 0 expected, got {vars(self)[name]}")
-        if self.regression_distance not in DISTANCES:
-            raise ValueError(
-                f"regression_distance: one of {', '.join(DISTANCES)} expected, got {self.regression_distance!r}"
-            )
+        for name, allowed in (("regression_distance", DISTANCES), ("gan_features", GAN_FEATURES)):
+            if vars(self)[name] not in allowed:
+                raise ValueError(f"{name}: one of {', '.join(allowed)} expected, got {vars(self)[name]!r}")

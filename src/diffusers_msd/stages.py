@@ -219,13 +219,14 @@ class StudentTurn(Turn):
         schedule = self.student.schedule
         t = draw.index(*schedule.index_range(0, self.config.gan_t_max))
         x_t = schedule.add_noise(x, draw.normal(*x.shape[1:]), t)
-        return self.frozen["discriminator"](self.frozen["fake_score"].features(x_t, t, cond))
+        return self.frozen["discriminator"](self.frozen[self.config.gan_features].features(x_t, t, cond))
 
 
 class CriticTurn(Turn):
     """The critic's turn of DM and ADM: the fake score follows the student, the head tells its samples from real ones.
 
-    The head's gradient reaches the fake score's encoder; its decoder learns from the denoising loss alone.
+    The head's gradient reaches the fake score's encoder; its decoder learns from the denoising loss alone. With
+    `gan_features="teacher"` it reaches the head alone.
 
     Args:
         student: read only here.
@@ -233,6 +234,7 @@ class CriticTurn(Turn):
         conditions: the part's conditions [n, ...], drawn from uniformly.
         config: weights.
         discriminator: the GAN head, trained; None in the DM stage.
+        teacher: read for `gan_features="teacher"`.
     """
 
     name = "critic"
@@ -244,11 +246,14 @@ class CriticTurn(Turn):
         conditions: torch.Tensor,
         config: StageConfig,
         discriminator: DiscriminatorHead | None = None,
+        teacher: Denoiser | None = None,
     ):
         super().__init__()
         self.fake_score = fake_score
         self.discriminator = discriminator
         self.frozen = {"student": student}
+        if discriminator is not None and config.gan_features == "teacher":
+            self.frozen["teacher"] = teacher
         self.conditions = conditions
         self.config = config
         self.needs = () if discriminator is None else ("images",)
@@ -273,7 +278,8 @@ class CriticTurn(Turn):
         t = torch.cat([draw.index(*levels), draw.index(*levels)])
         noise = torch.cat([draw.normal(*x.shape[1:]), draw.normal(*x.shape[1:])])
         x_t = schedule.add_noise(torch.cat([x, real]), noise, t)
-        logits = self.discriminator(self.fake_score.features(x_t, t, torch.cat([cond, real_cond])))
+        encoder = self.frozen.get("teacher", self.fake_score)
+        logits = self.discriminator(encoder.features(x_t, t, torch.cat([cond, real_cond])))
         fake_logits, real_logits = logits.chunk(2)
         gan_loss = gan_discriminator_loss(fake_logits, real_logits)
         accuracy = ((fake_logits < 0).float() + (real_logits > 0).float()) / 2
@@ -334,5 +340,5 @@ def build_stage(
         raise ValueError(f"stages: {name!r} is none of {', '.join(STAGES)}")
     return [
         StudentTurn(student, teacher, fake_score, conditions, config, head, decode),
-        CriticTurn(student, fake_score, conditions, config, head),
+        CriticTurn(student, fake_score, conditions, config, head, teacher),
     ]
