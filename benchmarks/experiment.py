@@ -23,6 +23,7 @@ class ExperimentConfig:
     output_dir: str = field(metadata={"help": "Folder of pairs, runs and results."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of the training, each."})
     workers: int = field(default=1, metadata={"help": "Runs at a time, each with one thread."})
+    variants: list[str] = field(default_factory=list, metadata={"help": "Rows of the table; default: all."})
 
 
 def train(output_dir: Path, seed: int, variant: str, flags: list):
@@ -79,6 +80,9 @@ def run_experiment(description: str, variants: dict[str, list]):
         variants: {name: flags of train_msd.py}.
     """
     (config,) = parse_config([ExperimentConfig], description)
+    if unknown := set(config.variants) - set(variants):
+        raise ValueError(f"variants: some of {', '.join(variants)} expected, got {', '.join(sorted(unknown))}")
+    variants = {name: variants[name] for name in config.variants or variants}
     output_dir = check_writable(config.output_dir, "output_dir")
     pairs = script("generate_pairs.py", "--pretrained_teacher_model", TEACHER, "--num_pairs", 2000)
     run([*pairs, "--output_dir", str(output_dir / "pairs")], output_dir / "pairs.log", threads=os.cpu_count() or 1)

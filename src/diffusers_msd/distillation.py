@@ -52,7 +52,7 @@ class MSDConfig:
         metadata={"help": "Regress on the pairs of the student's own part only; an ablation, it costs modes."},
     )
     allow_random_student: bool = field(
-        default=False, metadata={"help": "Start a smaller student without the TSM stage."}
+        default=False, metadata={"help": "Start a student of random weights without the TSM stage."}
     )
     validation_feature_net: str | None = field(
         default=None, metadata={"help": "Feature network whose Fréchet distance is logged at each validation."}
@@ -116,10 +116,11 @@ def check_config(
     other_size = not is_same_architecture(candidate, teacher)
     if adapter.student_type == "lora" and other_size:
         raise ValueError("student_type: lora students have the teacher's size, leave student_channels and _blocks out")
-    if other_size and config.stages[0] != "tsm" and not config.allow_random_student:
+    random_weights = other_size and student.student_init == "random"
+    if random_weights and config.stages[0] != "tsm" and not config.allow_random_student:
         raise ValueError(
-            "stages: a student of another size than the teacher is no denoiser yet, even with inherited weights, and "
-            "needs the tsm stage first: --stages tsm dm adm; --allow_random_student starts it without"
+            "stages: a student of random weights is no denoiser yet and needs the tsm stage first: --stages tsm dm adm; "
+            "--student_init inherit starts it from the teacher's weights, --allow_random_student as it is"
         )
 
 

@@ -80,7 +80,7 @@ def create_student(teacher, channels=None, blocks=None, seed=0, init="random"):
 
     A description that changes nothing gives an exact copy, so that two nets of one architecture always start from the
     teacher's weights. Any other gives the teacher's config at the new size, with random weights or a part of the
-    teacher's: such a student learns to denoise first (the TSM stage). Published sizes are in `PRESETS`:
+    teacher's; a random one learns to denoise first (the TSM stage). Published sizes are in `PRESETS`:
     `create_student(teacher, **PRESETS["sd15-83"])`.
 
     Args:
