@@ -1,96 +1,170 @@
 # Copyright 2026 The diffusers_msd authors.
 # SPDX-License-Identifier: Apache-2.0
-"""Variants of a digits run against one another over several seeds: what the experiments beside this file share."""
+"""Variants of a digits run against one another over several seeds: what the experiments beside this file share.
+
+An experiment is a dict {name: flags of train_msd.py}. A variant is trained once for each seed, in the folder
+`<output_dir>/seed_<s>/<name>`, so experiments that share an output folder share the runs of variants they both name.
+"""
 
 import json
 import os
+import shlex
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
-from pipeline import table
-from quickstart import FEATURES, TEACHER, run, script
+import matplotlib
 
-from diffusers_msd.config import parse_config
-from diffusers_msd.files import atomic_write, check_writable, write_json
+
+matplotlib.use("agg")
+
+import matplotlib.pyplot as plt  # noqa: E402
+from pipeline import table  # noqa: E402
+from quickstart import FEATURES, SCRIPTS, TEACHER, run, run_recipe, script  # noqa: E402
+from verdict import mean_and_error, verdict  # noqa: E402
+
+from diffusers_msd.config import parse_config, run_script  # noqa: E402
+from diffusers_msd.files import atomic_write, check_writable, write_json  # noqa: E402
+
+
+DIGITS = ["--config", SCRIPTS / "configs" / "digits_msd.yaml", "--validation_steps", 0]
+SMOKE = ["--max_train_steps", 4, "--gan_warmup_steps", 0, "--lr_warmup_steps", 0, "--train_batch_size", 8]
 
 
 @dataclass
 class ExperimentConfig:
     """What is run."""
 
-    output_dir: str = field(metadata={"help": "Folder of pairs, runs and results."})
+    output_dir: str = field(default="runs/experiments", metadata={"help": "Folder of pairs, runs and results."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of the training, each."})
     workers: int = field(default=1, metadata={"help": "Runs at a time, each with one thread."})
     variants: list[str] = field(default_factory=list, metadata={"help": "Rows of the table; default: all."})
+    smoke: bool = field(default=False, metadata={"help": "Four iterations a stage, few images: does it run at all?"})
+
+    @property
+    def num_images(self) -> int:
+        return 100 if self.smoke else 2000
 
 
-def train(output_dir: Path, seed: int, variant: str, flags: list):
-    folder = output_dir / f"seed_{seed}" / variant
-    folder.parent.mkdir(exist_ok=True)
-    command = script(
-        "train_msd.py", *flags, "--pretrained_teacher_model", TEACHER, "--pairs_dir", output_dir / "pairs",
-        "--validation_feature_net", FEATURES, "--seed", seed,
-        "--output_dir", folder, "--resume_from_checkpoint", "latest",
-    )  # fmt: skip
-    run(command, folder.with_suffix(".log"), threads=1)
-    print(f"trained: seed {seed}, {variant}", flush=True)
-
-
-def evaluate(output_dir: Path, seed: int, variants: list[str]) -> list[dict]:
-    folder = output_dir / f"seed_{seed}"
-    command = script(
-        "evaluate.py", "--models", *(f"{variant}={folder / variant}" for variant in variants),
-        "--dataset_name", "digits", "--num_images", 2000, "--feature_net", FEATURES,
-        "--output_dir", folder / "results",
-    )  # fmt: skip
-    run(command, folder / "evaluate.log", threads=os.cpu_count() or 1)
-    return json.loads((folder / "results" / "results.json").read_text())["rows"]
-
-
-def mean_error(values: list[float]) -> str:
-    """Mean and its standard error."""
-    error = f" ± {stdev(values) / len(values) ** 0.5:.2f}" if len(values) > 1 else ""
-    return f"{mean(values):.2f}{error}"
-
-
-def summary(results: dict[int, list[dict]], variants: list[str]) -> str:
-    lines = []
-    for variant in variants:
-        rows = [row for seed in results.values() for row in seed if row["model"] == variant]
-        fd, accuracy, precision, recall = (
-            [row[key] for row in rows] for key in ("fd", "class_accuracy", "precision", "recall")
-        )
-        lines.append(
-            [variant.replace("_", ", ", 1).replace("_", " "), ", ".join(f"{value:.2f}" for value in fd)]
-            + [f"**{mean_error(fd)}**", mean_error([100 * value for value in accuracy]) + " %"]
-            + [mean_error(precision), mean_error(recall), f"{mean(row['training_seconds'] for row in rows):.0f}"]
-        )
-    seeds = " ".join(map(str, results))
-    header = ["variant", f"FD, seeds {seeds}", "FD", "class accuracy", "precision", "recall", "training s"]
-    return table(header, lines)
-
-
-def run_experiment(description: str, variants: dict[str, list]):
-    """Trains every variant with every seed, then writes results.json and results.md, and prints the table.
+class Experiment:
+    """Trains variants with every seed and writes results.json, results.md and results.png in a folder of its name.
 
     Args:
-        description: of the command line.
+        name: of the folder and of the results.
+        config: what is run.
         variants: {name: flags of train_msd.py}.
+        expected: claims to be judged, {claim: names of variants, best first}, by their Fréchet distances.
     """
-    (config,) = parse_config([ExperimentConfig], description)
-    if unknown := set(config.variants) - set(variants):
-        raise ValueError(f"variants: some of {', '.join(variants)} expected, got {', '.join(sorted(unknown))}")
-    variants = {name: variants[name] for name in config.variants or variants}
-    output_dir = check_writable(config.output_dir, "output_dir")
-    pairs = script("generate_pairs.py", "--pretrained_teacher_model", TEACHER, "--num_pairs", 2000)
-    run([*pairs, "--output_dir", str(output_dir / "pairs")], output_dir / "pairs.log", threads=os.cpu_count() or 1)
-    with ThreadPoolExecutor(config.workers) as pool:
-        jobs = [(output_dir, seed, name, flags) for seed in config.seeds for name, flags in variants.items()]
-        for future in [pool.submit(train, *job) for job in jobs]:
-            future.result()
-    results = {seed: evaluate(output_dir, seed, list(variants)) for seed in config.seeds}
-    write_json(output_dir / "results.json", results)
-    atomic_write(output_dir / "results.md", summary(results, list(variants)) + "\n")
-    print(summary(results, list(variants)))
+
+    def __init__(self, name: str, config: ExperimentConfig, variants: dict[str, list], expected: dict[str, list[str]]):
+        if unknown := set(config.variants) - set(variants):
+            raise ValueError(f"variants: some of {', '.join(variants)} expected, got {', '.join(sorted(unknown))}")
+        self.name, self.config = name, config
+        self.variants = {variant: variants[variant] for variant in config.variants or variants}
+        self.expected = {claim: order for claim, order in expected.items() if set(order) <= set(self.variants)}
+        self.root = check_writable(config.output_dir, "output_dir")
+
+    def run(self):
+        """All of it; what is there already is not done again."""
+        self.train()
+        results = {seed: self.evaluate(seed) for seed in self.config.seeds}
+        folder = self.root / self.name
+        folder.mkdir(exist_ok=True)
+        report = f"{self.summary(results)}\n\n{self.verdicts(results)}".strip()
+        write_json(folder / "results.json", {"seeds": results, "commands": self.commands()})
+        atomic_write(folder / "results.md", report + "\n")
+        self.plot(results, folder / "results.png")
+        print(report)
+
+    def train(self):
+        """Every variant with every seed, several at a time."""
+        pairs = script(
+            "generate_pairs.py", "--pretrained_teacher_model", TEACHER, "--output_dir", self.root / "pairs",
+            "--num_pairs", self.config.num_images, *(["--num_inference_steps", 2] if self.config.smoke else []),
+        )  # fmt: skip
+        run(pairs, self.root / "pairs.log", threads=os.cpu_count() or 1)
+        with ThreadPoolExecutor(self.config.workers) as pool:
+            jobs = [(seed, variant) for seed in self.config.seeds for variant in self.variants]
+            for future in [pool.submit(self.train_one, *job) for job in jobs]:
+                future.result()
+
+    def command(self, seed: int, variant: str) -> list[str]:
+        """What trains a variant."""
+        return script(
+            "train_msd.py", *self.variants[variant], *(SMOKE if self.config.smoke else []),
+            "--pretrained_teacher_model", TEACHER, "--pairs_dir", self.root / "pairs",
+            "--validation_feature_net", FEATURES, "--seed", seed, "--output_dir", self.folder(seed, variant),
+            "--resume_from_checkpoint", "latest",
+        )  # fmt: skip
+
+    def commands(self) -> dict[str, str]:
+        """Of the first seed, to be pasted."""
+        return {name: shlex.join(self.command(self.config.seeds[0], name)) for name in self.variants}
+
+    def folder(self, seed: int, variant: str) -> Path:
+        return self.root / f"seed_{seed}" / variant
+
+    def train_one(self, seed: int, variant: str):
+        folder = self.folder(seed, variant)
+        folder.parent.mkdir(exist_ok=True)
+        run(self.command(seed, variant), folder.with_suffix(".log"), threads=1)
+        print(f"trained: seed {seed}, {variant}", flush=True)
+
+    def evaluate(self, seed: int) -> dict[str, dict]:
+        """The metrics of each variant."""
+        results = self.root / self.name / f"seed_{seed}"
+        results.parent.mkdir(exist_ok=True)
+        command = script(
+            "evaluate.py", "--models", *(f"{variant}={self.folder(seed, variant)}" for variant in self.variants),
+            "--dataset_name", "digits", "--num_images", self.config.num_images, "--feature_net", FEATURES,
+            "--output_dir", results,
+        )  # fmt: skip
+        run(command, results.with_suffix(".log"), threads=os.cpu_count() or 1)
+        return {row["model"]: row for row in json.loads((results / "results.json").read_text())["rows"]}
+
+    def summary(self, results: dict[int, dict]) -> str:
+        """The table: a variant a row, means over the seeds with their standard errors."""
+        header = ["variant", f"FD, seeds {' '.join(map(str, results))}", "FD", "class accuracy, %"]
+        header += ["precision", "recall", "parameters", "training s"]
+        lines = []
+        for variant in self.variants:
+            rows = [rows[variant] for rows in results.values()]
+            fd, accuracy, precision, recall, parameters, seconds = (
+                [row[key] for row in rows]
+                for key in ("fd", "class_accuracy", "precision", "recall", "parameters_total", "training_seconds")
+            )
+            lines.append([variant.replace("_", " "), ", ".join(f"{value:.2f}" for value in fd)])
+            lines[-1] += [f"**{mean_and_error(fd, 2)}**", mean_and_error([100 * value for value in accuracy], 2)]
+            lines[-1] += [mean_and_error(precision), mean_and_error(recall)]
+            lines[-1] += [f"{parameters[0]:,}", f"{mean(seconds):.0f}"]
+        return table(header, lines)
+
+    def verdicts(self, results: dict[int, dict]) -> str:
+        """A line per claim."""
+        fd = {variant: [rows[variant]["fd"] for rows in results.values()] for variant in self.variants}
+        return "\n".join(f"* {claim}: **{verdict(fd, order)}**" for claim, order in self.expected.items())
+
+    def plot(self, results: dict[int, dict], path: Path):
+        """Each seed's Fréchet distance as a point, their mean as a line."""
+        figure, axis = plt.subplots(figsize=(7, 0.8 + 0.32 * len(self.variants)), layout="tight")
+        for y, variant in enumerate(self.variants):
+            values = [rows[variant]["fd"] for rows in results.values()]
+            axis.plot(values, [y] * len(values), "o", color="C0", markersize=4, alpha=0.6)
+            axis.plot([mean(values)], [y], "|", color="black", markersize=14)
+        axis.set_yticks(range(len(self.variants)), [variant.replace("_", " ") for variant in self.variants])
+        axis.invert_yaxis()
+        axis.set_xlabel("Fréchet distance, one point per seed")
+        axis.grid(axis="x", alpha=0.3)
+        figure.savefig(path, dpi=100)
+        plt.close(figure)
+
+
+def run_experiment(name: str, description: str, variants: dict[str, list], expected: dict[str, list[str]]):
+    """The command line of an experiment; arguments as for `Experiment`, `description` is shown by --help."""
+    run_main(lambda: Experiment(name, parse_config([ExperimentConfig], description)[0], variants, expected).run())
+
+
+def run_main(main):
+    """Runs an experiment; errors are one line, a failed script is shown by the end of its log."""
+    run_recipe(lambda: run_script(main))

@@ -4,15 +4,11 @@
 
     python benchmarks/lora_students.py --output_dir runs/lora_students
 
-K = 2, the same iterations and batches. Writes results.json and results.md, means over the seeds with their standard
-errors, and can be interrupted: run again, it continues.
+K = 2, the same iterations and batches. Writes results.json, results.md and results.png, and can be interrupted: run
+again, it continues.
 """
 
-from experiment import run_experiment
-from pipeline import SCRIPTS
-from quickstart import run_recipe
-
-from diffusers_msd.config import run_script
+from experiment import SCRIPTS, run_experiment
 
 
 K2 = ["--num_students", 2]
@@ -22,7 +18,8 @@ VARIANTS = {
     "LoRA_students": [*LORA, "--fake_score_type", "full"],
     "LoRA_students_and_fake_scores": LORA,
 }
+EXPECTED = {"LoRA students are worse than full ones": ["full", "LoRA_students_and_fake_scores"]}
 
 
 if __name__ == "__main__":
-    run_recipe(lambda: run_script(lambda: run_experiment(__doc__, VARIANTS)))
+    run_experiment("lora_students", __doc__, VARIANTS, EXPECTED)

@@ -5,15 +5,10 @@
     python benchmarks/small_students.py --output_dir runs/small_students
 
 K = 1. Every variant has the same number of iterations: those of TSM go to DM where there is no TSM, which is more
-arithmetic, not less. Writes results.json and results.md, means over the seeds with their standard errors, and can be
-interrupted: run again, it continues.
+arithmetic, not less. Writes results.json, results.md and results.png, and can be interrupted: run again, it continues.
 """
 
-from experiment import run_experiment
-from pipeline import SCRIPTS
-from quickstart import run_recipe
-
-from diffusers_msd.config import run_script
+from experiment import SCRIPTS, run_experiment
 
 
 CONFIG = ["--config", SCRIPTS / "configs" / "digits_msd_small.yaml"]
@@ -28,7 +23,12 @@ VARIANTS = {
     for tsm, flags in STAGES.items()
     for init in ("random", "inherit")
 }
+EXPECTED = {
+    "random weights need TSM": ["random_TSM", "random_no_TSM"],
+    "inherited weights need TSM": ["inherit_TSM", "inherit_no_TSM"],
+    "with TSM, inherited weights are better than random ones": ["inherit_TSM", "random_TSM"],
+}
 
 
 if __name__ == "__main__":
-    run_recipe(lambda: run_script(lambda: run_experiment(__doc__, VARIANTS)))
+    run_experiment("small_students", __doc__, VARIANTS, EXPECTED)
