@@ -5,7 +5,7 @@ VENV := .venv
 # Installing again is needed only when what is installed has changed.
 INSTALLED := $(VENV)/.installed
 
-.PHONY: venv quickstart test slow lint
+.PHONY: venv quickstart test slow lint experiments experiments-smoke
 
 venv: $(INSTALLED)
 
@@ -26,3 +26,11 @@ test: $(INSTALLED)
 
 slow: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -m "slow and not gpu"
+
+# Each can be interrupted and goes on; tables and plots are in runs/experiments/<name>/.
+EXPERIMENTS := toy k_ablation partitions pairs_and_regression small_students stages routing_errors generalisation
+experiments: $(INSTALLED)
+	for name in $(EXPERIMENTS); do $(VENV)/bin/python benchmarks/$$name.py --workers 2 || exit 1; done
+
+experiments-smoke: $(INSTALLED)
+	for name in $(EXPERIMENTS); do $(VENV)/bin/python benchmarks/$$name.py --workers 2 --smoke --seeds 0 || exit 1; done
