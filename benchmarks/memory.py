@@ -253,6 +253,17 @@ def row(entry: dict, unit: float) -> list[str]:
     return cells + ["-" if batch is None else str(batch) for batch in entry["largest_batch"]]
 
 
+def peaks(results: list[dict], unit: float) -> str:
+    """The table of docs/results.md: a setting a row, a stage a column, "estimated / measured" peaks."""
+    stages = list(dict.fromkeys(entry["stage"] for entry in results))
+    rows: dict[str, list[str]] = {}
+    for entry in results:
+        measured = entry["measured"] and f" / {entry['measured']['live'] / unit:.1f}"
+        cell = f"{entry['estimate']['peak'] / unit:.1f}{measured or ''}"
+        rows.setdefault(SETTINGS[entry["setting"]].text, []).append(cell)
+    return table(["setting", *stages], [[name, *cells] for name, cells in rows.items()])
+
+
 def main():
     (config,) = parse_config([BenchmarkConfig], __doc__)
     if config.output is not None:
@@ -269,6 +280,7 @@ def main():
         results.append(entry)
         cells = row(entry, unit)
         print(table(cells + ["-"] * (len(header) - len(cells)), []).splitlines()[0], flush=True)
+    print(f"\npeaks, estimated{' / measured (live)' if size.measured else ''}:\n\n{peaks(results, unit)}")
     if config.output is not None:
         write_json(config.output, {"config": asdict(config), "results": results})
 
