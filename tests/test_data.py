@@ -106,6 +106,15 @@ def test_max_train_samples_draws_the_same_samples_of_many_classes_every_time():
     assert len(load_images(DataConfig("digits", max_train_samples=5000), 1)) == 1797
 
 
+def test_another_seed_draws_other_samples_and_more_samples_include_fewer():
+    def drawn(count, seed):
+        dataset = load_images(DataConfig("digits", max_train_samples=count, train_samples_seed=seed), 1)
+        return {tuple(image.flatten().tolist()) for image in dataset.__getitems__(range(count))["images"]}
+
+    assert drawn(30, 1) < drawn(100, 1)
+    assert len(drawn(100, 0) & drawn(100, 1)) < 20
+
+
 def test_a_loader_with_workers_gives_the_same_batches(tmp_path, config):
     images, labels = random_images(6, (8, 8)), [0, 1, 0, 1, 0, 1]
     write_parquet(tmp_path / "data", images, labels)

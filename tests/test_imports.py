@@ -59,6 +59,7 @@ ARROWS: dict[str, set[str]] = {
     "plots": {"grids", "runs"},
     "feature_statistics": {"files"},
     "metrics": {"feature_statistics", "files"},
+    "pfd": {"denoiser", "metrics", "sampling", "schedule"},
     # data and conditions
     "shards": {"files"},
     "data": {"shards", "zipped_images"},

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from diffusers_msd.embedding_routing import EmbeddingRouter
-from diffusers_msd.plots import plot_margins
+from diffusers_msd.plots import plot_margins, plot_series
 
 
 def router(*sizes: int) -> tuple[EmbeddingRouter, torch.Tensor]:
@@ -51,3 +51,13 @@ def test_the_histogram_is_of_the_margins(tmp_path):
 def test_one_student_has_no_margins_to_plot(tmp_path):
     with pytest.raises(ValueError, match="router: with one student"):
         plot_margins(EmbeddingRouter.fit_random(router(5, 5)[1], 1), router(5, 5)[1], tmp_path / "x.png")
+
+
+def test_series_have_a_panel_each_and_a_line_for_every_name(tmp_path):
+    low, high = {10: (1.0, 0.1), 100: (1.2, 0.1)}, {10: (3.0, 0.2), 100: (2.0, 0.2)}
+    plot_series({"left": {"low": low}, "right": {"low": low, "high": high}}, "images", tmp_path / "both.png")
+    blue, orange = blue_and_orange(tmp_path / "both.png")
+    assert min(blue, orange) > 200
+    plot_series({"left": {"low": low, "high": high}, "right": {"low": low}}, "images", tmp_path / "swapped.png")
+    blue, orange = blue_and_orange(tmp_path / "swapped.png")
+    assert blue > 200 and orange == 0

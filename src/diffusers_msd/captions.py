@@ -62,7 +62,7 @@ def load_captions(config: DataConfig, with_images: bool):
     if with_images:
         dataset = undecoded(dataset, config)
     if config.max_train_samples is not None and config.max_train_samples < len(dataset):
-        dataset = dataset.shuffle(seed=0).select(range(config.max_train_samples))
+        dataset = dataset.shuffle(seed=config.train_samples_seed).select(range(config.max_train_samples))
     return dataset
 
 

@@ -67,8 +67,9 @@ class DataConfig:
         },
     )
     max_train_samples: int | None = field(
-        default=None, metadata={"help": "Use only so many images, drawn once at random with a fixed seed."}
+        default=None, metadata={"help": "Use only so many images, drawn once at random; more of them include fewer."}
     )
+    train_samples_seed: int = field(default=0, metadata={"help": "Seed of the choice of max_train_samples."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where HF datasets keeps downloads and its cache."})
 
 
@@ -174,7 +175,7 @@ def load_images(config: DataConfig, channels: int, resolution: int | None = None
         raise FileNotFoundError(f"train_data_dir: {folder} is no folder and no zip; an existing one is needed")
     dataset = _open(config, channels, resolution)
     if config.max_train_samples is not None and config.max_train_samples < len(dataset):
-        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.train_samples_seed))
         dataset = dataset._select(order[: config.max_train_samples].sort().values, "max_train_samples")
     return dataset
 

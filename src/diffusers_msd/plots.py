@@ -114,3 +114,27 @@ def plot_margins(router, embeddings: torch.Tensor, path: Path):
     right.set_xlabel("student")
     right.set_title("part sizes (dashed: equal parts)", fontsize=10)
     figure.savefig(path, dpi=120)
+
+
+def plot_series(panels: dict[str, dict[str, dict[float, tuple[float, float]]]], x_label: str, path: Path):
+    """Saves a panel of lines with error bars for each entry, the x axis logarithmic.
+
+    Args:
+        panels: {title: {name of a line: {x: (value, its error)}}}, x > 0.
+        x_label: of every panel.
+        path: of the PNG file.
+    """
+    figure, axes = _figure(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False, layout="tight")
+    for axis, (title, lines) in zip(axes[0], panels.items()):
+        for name, points in lines.items():
+            values, errors = zip(*points.values())
+            axis.errorbar(list(points), values, errors, marker=".", capsize=2, label=name)
+        axis.set_xscale("log")
+        axis.set_xticks(ticks := sorted({x for points in lines.values() for x in points}), labels=map(str, ticks))
+        axis.minorticks_off()
+        axis.set_xlabel(x_label)
+        axis.set_title(title, fontsize=10)
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=7)
+    figure.savefig(path, dpi=100)
