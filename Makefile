@@ -28,9 +28,11 @@ slow: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -m "slow and not gpu"
 
 # Each can be interrupted and goes on; tables and plots are in runs/experiments/<name>/.
-EXPERIMENTS := toy k_ablation partitions pairs_and_regression small_students stages routing_errors generalisation
+EXPERIMENTS := k_ablation partitions pairs_and_regression small_students stages routing_errors generalisation
 experiments: $(INSTALLED)
+	$(VENV)/bin/python benchmarks/toy.py
 	for name in $(EXPERIMENTS); do $(VENV)/bin/python benchmarks/$$name.py --workers 2 || exit 1; done
 
 experiments-smoke: $(INSTALLED)
+	$(VENV)/bin/python benchmarks/toy.py --smoke --seeds 0
 	for name in $(EXPERIMENTS); do $(VENV)/bin/python benchmarks/$$name.py --workers 2 --smoke --seeds 0 || exit 1; done

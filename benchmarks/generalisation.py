@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Do teacher and student know the digits, or their training images? Against the number of training images.
 
-    OMP_NUM_THREADS=1 python benchmarks/generalisation.py --output_dir runs/generalisation
+    python benchmarks/generalisation.py --workers 2
 
 For each seed and number N: a teacher is trained on N random digits and distilled into one student (K = 1, DM and ADM,
 on the same N images). Then all are given the same noise and classes, and compared by the probability flow distance
@@ -19,15 +19,15 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 import torch
-from experiment import ExperimentConfig, mean_error
-from pipeline import SCRIPTS, table
-from quickstart import FEATURES, TEACHER, run, run_recipe, script
+from experiment import FEATURES, SCRIPTS, TEACHER, ExperimentConfig, run, run_main, script
+from pipeline import table
+from verdict import mean_and_error, standard_error, verdict
 
 from diffusers_msd import Denoiser, MultiStudentPipeline, NoiseSchedule, denoiser_for
-from diffusers_msd.config import parse_config, run_script
+from diffusers_msd.config import parse_config
 from diffusers_msd.data import DataConfig, load_images
 from diffusers_msd.files import atomic_write, check_writable, load_model, write_json
 from diffusers_msd.metrics import FeatureNet
@@ -51,12 +51,11 @@ class GeneralisationConfig(ExperimentConfig):
     )
     num_pairs: int = field(default=2000, metadata={"help": "Teacher pairs of each distillation."})
     num_noises: int = field(default=1000, metadata={"help": "Noises that the distances are estimated on."})
-    smoke: bool = field(default=False, metadata={"help": "A toy budget, whatever else is said: everything runs."})
 
 
+# Whatever else is said.
 SMOKE = {
     "sizes": [30, 60],
-    "seeds": [0],
     "teacher_steps": 4,
     "student_steps": [2, 2],
     "num_pairs": 20,
@@ -139,19 +138,6 @@ def roots(rows: list[dict], space: str, title: str) -> dict[int, list[float]]:
     return {size: [row[space][title]["root"] for row in rows if row["size"] == size] for size in sizes}
 
 
-def standard_error(values: list[float]) -> float:
-    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-
-
-def verdict(values: dict[int, list[float]], sign: int) -> str:
-    """Do the means rise (sign 1) or fall (-1) with the number of images, at every step?"""
-    points = [(mean(v), standard_error(v)) for v in values.values()]
-    steps = [(sign * (b - a), 2 * (e**2 + f**2) ** 0.5) for (a, e), (b, f) in zip(points[:-1], points[1:])]
-    if all(step > 0 for step, _ in steps):
-        return "yes"
-    return "within noise" if all(step > -noise for step, noise in steps) else "no"
-
-
 def summary(rows: list[dict], config: GeneralisationConfig) -> str:
     """A table per space, with its verdicts."""
     parts = [
@@ -162,12 +148,13 @@ def summary(rows: list[dict], config: GeneralisationConfig) -> str:
     for space in SPACES:
         columns = {title: roots(rows, space, title) for title in DISTANCES}
         lines = [
-            [str(size), *(mean_error(values[size]) for values in columns.values())]
+            [str(size), *(mean_and_error(values[size]) for values in columns.values())]
             for size in columns["teacher: E_mem"]
         ]
-        rises, falls = verdict(columns["teacher: E_mem"], 1), verdict(columns["teacher: E_gen"], -1)
+        rises = verdict(columns["teacher: E_mem"], sorted(config.sizes))
+        falls = verdict(columns["teacher: E_gen"], sorted(config.sizes, reverse=True))
         parts += [f"In {space}:", table(["images", *DISTANCES], lines)]
-        parts.append(f"With more images E_mem rises: {rises}. E_gen falls: {falls}.")
+        parts.append(f"* With more images E_mem rises: **{rises}**\n* With more images E_gen falls: **{falls}**")
     return "\n\n".join(parts)
 
 
@@ -186,7 +173,7 @@ def main():
     (config,) = parse_config([GeneralisationConfig], __doc__)
     if config.smoke:
         config = replace(config, **SMOKE)
-    output_dir = check_writable(config.output_dir, "output_dir")
+    output_dir = check_writable(Path(config.output_dir) / "generalisation", "output_dir")
     budget = {name: vars(config)[name] for name in ("teacher_steps", "student_steps", "num_pairs", "num_noises")}
     claim_run(output_dir, budget)
     began = time.monotonic()
@@ -207,4 +194,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_recipe(lambda: run_script(main))
+    run_main(main)

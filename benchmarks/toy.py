@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The paper's 2-D toy: do K students come nearer to their teacher than one, at the same budget each, and in total?
 
-    python benchmarks/toy.py --output_dir runs/toy --seeds 0 1 2
+    python benchmarks/toy.py
 
 8 clusters of 8 Gaussians; the condition is the cluster, and each of K = 1, 2, 4, 8 students gets 8 / K consecutive ones.
 Teachers: "exact", the mixture's own score, and "mlp", a network trained on its samples. Students and fake scores start
@@ -57,13 +57,17 @@ STAGE_CONFIGS = {
 class ExperimentConfig:
     """What is run."""
 
-    output_dir: str = field(metadata={"help": "Folder of networks and results."})
+    output_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder of networks and results; default: runs/experiments/toy (..._smoke/toy)."},
+    )
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of the distillation, each."})
     smoke: bool = field(default=False, metadata={"help": "Everything once at 1 % of the iterations, to see it run."})
     scale: float = field(default=1.0, metadata={"help": "Factor on the iterations of all stages."})
     width: int = field(default=64, metadata={"help": "Of the hidden layers of all networks."})
 
     def __post_init__(self):
+        self.output_dir = self.output_dir or f"runs/experiments{'_smoke' if self.smoke else ''}/toy"
         if not self.scale > 0:
             raise ValueError(f"scale: a number > 0 expected, got {self.scale}")
         if len(set(self.seeds)) < len(self.seeds):

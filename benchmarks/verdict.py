@@ -73,7 +73,12 @@ def _check(values: dict[str, list[float]], order: list[str]):
         raise ValueError(f"values: finite numbers expected, got others for {bad}")
 
 
+def standard_error(values: list[float]) -> float:
+    """Of the mean; 0 for a single value, whose error is unknown."""
+    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+
+
 def mean_and_error(values: list[float], digits: int = 3) -> str:
     """Mean over the seeds and its standard error, both with `digits` decimals; of one seed its value alone."""
-    error = f" ± {stdev(values) / len(values) ** 0.5:.{digits}f}" if len(values) > 1 else ""
+    error = f" ± {standard_error(values):.{digits}f}" if len(values) > 1 else ""
     return f"{mean(values):.{digits}f}{error}"
