@@ -81,7 +81,7 @@ def _table(rows: list[dict], floor: dict[str, float], teacher: str, stage: str) 
     return f"{table(header, [*lines, last])}\n\nOrder reproduced (more students are better): {'; '.join(verdicts)}."
 
 
-def plot_students(panels: dict[str, dict[str, torch.Tensor]], path: Path, shown: int = 250):
+def plot_students(panels: dict[str, dict[str, torch.Tensor]], path: Path, shown: int = 150):
     """Saves a grid of scatter plots, coloured by student.
 
     Args:
