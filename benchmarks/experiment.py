@@ -33,20 +33,26 @@ SMOKE = ["--max_train_steps", 4, "--gan_warmup_steps", 0, "--lr_warmup_steps", 0
 
 
 @dataclass
-class ExperimentConfig:
-    """What is run."""
+class SeedsConfig:
+    """Of every experiment: where, with which seeds, how many runs at a time."""
 
     output_dir: str | None = field(
         default=None, metadata={"help": "Folder of pairs, runs and results; default: runs/experiments (..._smoke)."}
     )
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of the training, each."})
     workers: int = field(default=1, metadata={"help": "Runs at a time, each with one thread."})
-    variants: list[str] = field(default_factory=list, metadata={"help": "Rows of the table; default: all."})
     smoke: bool = field(default=False, metadata={"help": "Four iterations a stage, few images: does it run at all?"})
 
     def __post_init__(self):
         # Runs of four iterations must not be taken for finished ones.
         self.output_dir = self.output_dir or ("runs/experiments_smoke" if self.smoke else "runs/experiments")
+
+
+@dataclass
+class ExperimentConfig(SeedsConfig):
+    """What is run."""
+
+    variants: list[str] = field(default_factory=list, metadata={"help": "Rows of the table; default: all."})
 
     @property
     def num_images(self) -> int:

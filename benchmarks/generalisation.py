@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from experiment import FEATURES, SCRIPTS, TEACHER, ExperimentConfig, run, run_main, script
+from experiment import FEATURES, SCRIPTS, TEACHER, SeedsConfig, run, run_main, script
 from pipeline import table
 from verdict import mean_and_error, standard_error, verdict
 
@@ -39,7 +39,7 @@ from diffusers_msd.teachers import load_teacher
 
 
 @dataclass
-class GeneralisationConfig(ExperimentConfig):
+class GeneralisationConfig(SeedsConfig):
     """What is trained and compared."""
 
     sizes: list[int] = field(
