@@ -30,9 +30,9 @@ slow: $(INSTALLED)
 # Each can be interrupted and goes on; tables and plots are in runs/experiments/<name>/.
 EXPERIMENTS := k_ablation partitions pairs_and_regression small_students stages routing_errors generalisation
 experiments: $(INSTALLED)
-	$(VENV)/bin/python benchmarks/toy.py
+	$(VENV)/bin/python benchmarks/toy.py --workers 2
 	for name in $(EXPERIMENTS); do $(VENV)/bin/python benchmarks/$$name.py --workers 2 || exit 1; done
 
 experiments-smoke: $(INSTALLED)
-	$(VENV)/bin/python benchmarks/toy.py --smoke --seeds 0
+	$(VENV)/bin/python benchmarks/toy.py --workers 2 --smoke --seeds 0
 	for name in $(EXPERIMENTS); do $(VENV)/bin/python benchmarks/$$name.py --workers 2 --smoke --seeds 0 || exit 1; done

@@ -14,8 +14,10 @@ Writes results.json, toy.md and toy.png. What is finished is not run again.
 """
 
 import json
+from concurrent.futures import ProcessPoolExecutor
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -62,6 +64,7 @@ class ExperimentConfig:
         metadata={"help": "Folder of networks and results; default: runs/experiments/toy (..._smoke/toy)."},
     )
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of the distillation, each."})
+    workers: int = field(default=1, metadata={"help": "Processes; each distils one teacher with one seed at a time."})
     smoke: bool = field(default=False, metadata={"help": "Everything once at 1 % of the iterations, to see it run."})
     scale: float = field(default=1.0, metadata={"help": "Factor on the iterations of all stages."})
     width: int = field(default=64, metadata={"help": "Of the hidden layers of all networks."})
@@ -284,16 +287,22 @@ def clusters_of(noise: torch.Tensor) -> torch.Tensor:
     return torch.arange(CLUSTERS).repeat_interleave(noise.shape[1])
 
 
+def measure_all(config: ExperimentConfig, teacher: str, seed: int) -> list[dict]:
+    """The results of all stacks of one teacher and one seed."""
+    experiment = Experiment(config)
+    rows = [row for divisor in STACKS for row in experiment.rows(teacher, seed, divisor)]
+    print(f"measured: {teacher} teacher, seed {seed}", flush=True)
+    return rows
+
+
 def main():
     (config,) = parse_config([ExperimentConfig], __doc__)
     experiment = Experiment(config)
     floors = {name: experiment.measure(name, experiment.targets[name]) for name in TEACHERS}
-    rows = []
-    for teacher in TEACHERS:
-        for seed in config.seeds:
-            for divisor in STACKS:
-                rows += experiment.rows(teacher, seed, divisor)
-            print(f"measured: {teacher} teacher, seed {seed}", flush=True)
+    # Spawned, not forked: threads of torch do not survive a fork.
+    with ProcessPoolExecutor(config.workers, mp_context=get_context("spawn")) as pool:
+        jobs = [pool.submit(measure_all, config, teacher, seed) for teacher in TEACHERS for seed in config.seeds]
+        rows = [row for job in jobs for row in job.result()]
     text = report(rows, floors)
     plot_students(experiment.panels(config.seeds[0]), experiment.output_dir / "toy.png")
     write_json(
