@@ -52,7 +52,7 @@ setup(
         # These two need torchvision, which has to be built for the installed torch.
         "lpips": ["lpips>=0.1.4"],
         "fid": ["torch-fidelity>=0.4.0"],
-        "dev": [*training, "pytest>=8.0", "ruff>=0.17,<0.18"],
+        "dev": [*training, "pytest>=8.0", "ruff>=0.17,<0.18", "torchmetrics>=1.6"],
     },
     classifiers=[
         "Development Status :: 3 - Alpha",

@@ -29,8 +29,8 @@ from verdict import mean_and_error, standard_error, verdict
 from diffusers_msd import Denoiser, MultiStudentPipeline, NoiseSchedule, denoiser_for
 from diffusers_msd.config import parse_config
 from diffusers_msd.data import DataConfig, load_images
+from diffusers_msd.feature_net import FeatureNet
 from diffusers_msd.files import atomic_write, check_writable, load_model, write_json
-from diffusers_msd.metrics import FeatureNet
 from diffusers_msd.pairs import pair_noise, pair_seeds
 from diffusers_msd.pfd import EmpiricalDenoiser, heun_map, paired_distance
 from diffusers_msd.plots import plot_series

@@ -16,7 +16,15 @@ from diffusers import (
     UNet2DConditionModel,
     UNet2DModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+)
 
 from diffusers_msd import ClassRouter, EmbeddingRouter, MultiStudentPipeline
 from diffusers_msd.prompts import embed_prompts, encoder_fingerprint, pool_embeddings
@@ -101,6 +109,25 @@ def tiny_text_encoder(seed: int = 0, hidden_size: int = 16, max_length: int = 16
             initializer_factor=10.0,
         )
         return CLIPTextModel(config).eval()
+
+
+def tiny_clip(folder: Path, seed: int = 0) -> Path:
+    """The folder, made, of a random `CLIPModel` with its processor."""
+    folder.mkdir()
+    layers = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    special = {"vocab_size": 190, "bos_token_id": 188, "eos_token_id": 189, "pad_token_id": 189}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = CLIPConfig(
+            text_config={**layers, **special, "max_position_embeddings": 16},
+            vision_config={**layers, "image_size": 16, "patch_size": 8},
+            projection_dim=8,
+            initializer_factor=10.0,
+        )
+        CLIPModel(config).save_pretrained(folder)
+    processor = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    CLIPProcessor(processor, tiny_tokenizer(folder)).save_pretrained(folder)
+    return folder
 
 
 def tiny_vae(seed: int = 0) -> AutoencoderKL:

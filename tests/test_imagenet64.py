@@ -11,7 +11,7 @@ from test_data import encoded, random_images, write_zip
 from test_scripts import SCRIPTS, SHORT, run
 
 from diffusers_msd import MultiStudentPipeline
-from diffusers_msd.metrics import FeatureNet
+from diffusers_msd.feature_net import FeatureNet
 from diffusers_msd.teachers import save_teacher
 
 

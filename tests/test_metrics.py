@@ -1,6 +1,8 @@
 # Copyright 2026 The diffusers_msd authors.
 # SPDX-License-Identifier: Apache-2.0
 import importlib.util
+import itertools
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -10,16 +12,17 @@ import torch.nn.functional as F
 from scipy.linalg import sqrtm
 
 from diffusers_msd.data import FASHION_MNIST_DIR
+from diffusers_msd.feature_net import FeatureNet, describe_feature_net, extract_features, weights_hash
+from diffusers_msd.feature_statistics import FeatureStatistics
 from diffusers_msd.metrics import (
-    FeatureNet,
-    describe_feature_net,
-    evaluate_images,
-    extract_features,
+    cross_seed_diversity,
+    density_coverage,
     frechet_distance,
+    inception_score,
     kernel_distance,
     precision_recall,
-    weights_hash,
 )
+from diffusers_msd.scores import evaluate_images
 
 
 SCRIPTS = Path(__file__).parents[1] / "training_scripts"
@@ -160,7 +163,7 @@ def test_kernel_distance_of_whole_sets_is_the_unbiased_estimator_written_out():
 
 def test_kernel_distance_averages_to_the_closed_form_of_the_moments():
     # In one dimension (xy + 1)^3 is a sum over moments: MMD^2 = d3^2 + 3 d2^2 + 3 d1^2 with d_j = E[x^j] - E[y^j].
-    real, generated = normal(20000, 1, 1), normal(20000, 1, 2) + 1.0
+    real, generated = normal(5000, 1, 1), normal(4000, 1, 2) + 1.0
     expected = 4**2 + 3 * 1**2 + 3 * 1**2  # moments of N(1, 1): 1, 2, 4; of N(0, 1): 0, 1, 0
 
     def within(x, power):  # the mean of (x_i x_j)^power over i != j
@@ -171,9 +174,18 @@ def test_kernel_distance_averages_to_the_closed_form_of_the_moments():
         return within(real, power) + within(generated, power) - 2 * cross
 
     unbiased = (mmd2(3) + 3 * mmd2(2) + 3 * mmd2(1)).item()
-    mean, std = kernel_distance(real, generated, num_subsets=200, subset_size=500)
-    assert abs(mean - unbiased) < 5 * std / 200**0.5
-    assert abs(unbiased - expected) < 0.05 * expected
+    mean, _ = kernel_distance(real, generated, num_subsets=1, subset_size=10)
+    assert mean == pytest.approx(unbiased, rel=1e-10)
+    assert abs(unbiased - expected) < 0.1 * expected
+
+
+def test_kernel_distance_is_the_mean_over_all_subsets():
+    real, generated = normal(5, 3, 1), normal(6, 3, 2) + 0.5
+    choices = [[list(chosen) for chosen in itertools.combinations(range(n), 3)] for n in (5, 6)]
+    estimates = [kernel_mmd_by_loops(real[x].numpy(), generated[y].numpy()) for x, y in itertools.product(*choices)]
+    mean, std = kernel_distance(real, generated, num_subsets=2000, subset_size=3)
+    assert mean == pytest.approx(np.mean(estimates), rel=1e-10)
+    assert std == pytest.approx(np.std(estimates), rel=0.1)
 
 
 def test_kernel_distance_of_one_distribution_scatters_around_zero():
@@ -190,7 +202,7 @@ def test_kernel_distance_is_repeatable_by_seed_and_leaves_the_global_generator_a
     first = kernel_distance(real, generated, num_subsets=5, subset_size=20, seed=3)
     assert torch.equal(torch.get_rng_state(), before)
     assert kernel_distance(real, generated, num_subsets=5, subset_size=20, seed=3) == first
-    assert kernel_distance(real, generated, num_subsets=5, subset_size=20, seed=4) != first
+    assert kernel_distance(real, generated, num_subsets=5, subset_size=20, seed=4)[1] != first[1]
 
 
 def test_kernel_distance_default_subsets_of_a_small_set_differ():
@@ -250,10 +262,144 @@ def test_precision_recall_over_several_blocks_equals_one_block():
     assert precision_recall(real, generated) == pytest.approx(expected, abs=1e-12)
 
 
+# Density and coverage
+
+
+@pytest.mark.parametrize("k", [1, 3, 5])
+def test_density_and_coverage_are_the_definition_written_out(k):
+    real, generated = normal(30, 3, 1).numpy(), 1.5 * normal(25, 3, 2).numpy() + 0.5
+    radii = [sorted(np.linalg.norm(x - y) for y in real)[k] for x in real]
+    inside = [[np.linalg.norm(x - y) <= radius for y in generated] for x, radius in zip(real, radii)]
+    density, coverage = density_coverage(real, generated, k=k)
+    assert density == pytest.approx(np.sum(inside) / (k * 25), rel=1e-12)
+    assert coverage == pytest.approx(np.mean([any(row) for row in inside]), rel=1e-12)
+    assert 0 < density and 0 < coverage < 1
+
+
+def test_equal_sets_are_covered_and_a_missing_mode_is_not():
+    near, far = normal(200, 4, 1), normal(200, 4, 2) + 100
+    both = torch.cat([near, far])
+    assert density_coverage(both, both.flip(0))[1] == 1.0
+    assert density_coverage(both.repeat(7, 1), both)[1] == 1.0  # balls that are points
+    density, coverage = density_coverage(both, normal(200, 4, 3))
+    assert 0.4 < coverage < 0.5 and 0.8 < density < 1.2
+    assert density_coverage(near, far) == (0.0, 0.0)
+
+
+def test_density_and_coverage_of_few_generated_samples_are_defined():
+    real = normal(100, 4)
+    assert density_coverage(real, real[:1])[1] == pytest.approx(
+        (torch.cdist(real, real).kthvalue(6, dim=1).values >= torch.cdist(real, real[:1])[:, 0]).double().mean()
+    )
+
+
+# Inception score
+
+
+def test_inception_score_is_the_definition_written_out():
+    logits = normal(12, 4, 1)
+    p = (logits.exp() / logits.exp().sum(dim=1, keepdim=True)).numpy()
+
+    def score(p):
+        return np.exp(np.mean([sum(q * np.log(q / m) for q, m in zip(row, p.mean(axis=0))) for row in p]))
+
+    assert inception_score(logits) == (pytest.approx(score(p), rel=1e-12), 0.0)
+    expected = [score(p[:4]), score(p[4:8]), score(p[8:])]
+    assert inception_score(logits, splits=3) == pytest.approx((np.mean(expected), np.std(expected)), rel=1e-12)
+
+
+def test_inception_score_runs_from_one_to_the_number_of_classes():
+    certain = 1000 * torch.eye(5).repeat(3, 1)
+    assert inception_score(certain)[0] == pytest.approx(5, rel=1e-12)
+    assert inception_score(certain[::5])[0] == pytest.approx(1, rel=1e-12)
+    assert inception_score(torch.zeros(6, 5))[0] == pytest.approx(1, rel=1e-12)
+    with pytest.raises(ValueError, match="`logits` must hold at least 10 samples, got 6"):
+        inception_score(torch.zeros(6, 5), splits=10)
+
+
+# Cross-seed diversity
+
+
+def test_diversity_is_the_mean_over_conditions_of_the_mean_over_pairs():
+    features, labels = normal(11, 3), torch.tensor([4, 1, 4, 4, 1, 7, 0, 0, 0, 0, 0])
+    means = []
+    for condition in (0, 1, 4):  # 7 has one image
+        mine = features[labels == condition].numpy()
+        means.append(np.mean([np.linalg.norm(a - b) for a, b in itertools.combinations(mine, 2)]))
+    assert cross_seed_diversity(features, labels) == pytest.approx(np.mean(means), rel=1e-12)
+    assert cross_seed_diversity(features[:1].repeat(4, 1), torch.zeros(4).long()) == 0
+    with pytest.raises(ValueError, match="`labels` must name a condition twice, got 11 conditions"):
+        cross_seed_diversity(features, torch.arange(11))
+    with pytest.raises(ValueError, match=r"`labels` must have shape \[11\], got \(10,\)"):
+        cross_seed_diversity(features, labels[:10])
+
+
+# Other implementations
+
+
+def test_torchmetrics_gives_the_same_numbers():
+    from torchmetrics.image.inception import InceptionScore
+    from torchmetrics.image.kid import KernelInceptionDistance
+
+    real, generated = normal(40, 6, 1), normal(40, 6, 2) + 0.3
+    kid = KernelInceptionDistance(feature=torch.nn.Flatten(), subsets=1, subset_size=40)
+    kid.set_dtype(torch.float64)
+    score = InceptionScore(feature=torch.nn.Flatten(), splits=1)
+    score.update(generated)
+    for features, is_real in ((real, True), (generated, False)):
+        kid.update(features, real=is_real)
+    assert kernel_distance(real, generated)[0] == pytest.approx(kid.compute()[0].item(), rel=1e-6)
+    assert inception_score(generated)[0] == pytest.approx(score.compute()[0].item(), rel=1e-6)
+
+
+# Order
+
+
+@pytest.mark.parametrize(
+    "metric", [frechet_distance, kernel_distance, precision_recall, density_coverage, lambda _, x: inception_score(x)]
+)
+def test_the_order_of_the_images_changes_no_number(metric):
+    real, generated = normal(60, 8, 1), normal(50, 8, 2) + 0.3
+    for seed in range(3):
+        draw = torch.Generator().manual_seed(seed)
+        shuffled = [x[torch.randperm(len(x), generator=draw)] for x in (real, generated)]
+        assert metric(*shuffled) == pytest.approx(metric(real, generated), rel=1e-10)
+
+
+def test_the_order_of_the_images_does_not_change_the_diversity():
+    features, labels = normal(40, 5), torch.arange(40) % 7
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
+    expected = cross_seed_diversity(features, labels)
+    assert cross_seed_diversity(features[order], labels[order]) == pytest.approx(expected, rel=1e-12)
+
+
 # Input
 
 
-@pytest.mark.parametrize("metric", [frechet_distance, kernel_distance, precision_recall])
+def test_no_more_samples_than_features_is_warned_of_with_the_effect_once():
+    few, many = normal(8, 8, 1), normal(9, 8, 2)
+    with pytest.warns(UserWarning, match="`generated` holds no more samples than its 8 features.*biased upwards"):
+        frechet_distance(many, few)
+    with pytest.warns(UserWarning, match="`real` holds no more samples than .*rank-deficient"):
+        frechet_distance(FeatureStatistics.of([few]), many)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for n in (8, 7, 6, 5):
+            frechet_distance(many, few[:n])
+    assert len(caught) == 1 and caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        frechet_distance(many, many)
+        frechet_distance(FeatureStatistics(torch.zeros(8).double(), torch.eye(8).double()), many)
+
+
+def test_the_fréchet_distance_of_few_samples_is_larger():
+    """What the warning says: both sets are of one distribution."""
+    distances = [frechet_distance(normal(n, 32, 1), normal(n, 32, 2)) for n in (20, 60, 600, 6000)]
+    assert distances == sorted(distances, reverse=True) and distances[0] > 50 * distances[-1]
+
+
+@pytest.mark.parametrize("metric", [frechet_distance, kernel_distance, precision_recall, density_coverage])
 def test_numpy_and_torch_of_any_dtype_give_the_float64_result(metric):
     real, generated = normal(40, 6, 1).float(), normal(30, 6, 2).float() + 0.3
     expected = metric(real.double(), generated.double())
@@ -262,7 +408,10 @@ def test_numpy_and_torch_of_any_dtype_give_the_float64_result(metric):
     assert metric(real.requires_grad_(), generated) == expected
 
 
-@pytest.mark.parametrize("metric", [frechet_distance, kernel_distance, precision_recall])
+nan_in_rows_2_and_5 = normal(9, 4).index_fill(0, torch.tensor([2, 5]), float("nan"))
+
+
+@pytest.mark.parametrize("metric", [frechet_distance, kernel_distance, precision_recall, density_coverage])
 @pytest.mark.parametrize(
     "real, generated, error, text",
     [
@@ -270,7 +419,12 @@ def test_numpy_and_torch_of_any_dtype_give_the_float64_result(metric):
         (normal(1, 4), normal(9, 4), ValueError, "`real` must hold at least . samples, got 1"),
         (normal(9, 4), normal(0, 4), ValueError, "`generated` must hold at least . samples, got 0"),
         (normal(9, 4)[0], normal(9, 4), ValueError, r"`real` must have shape \[N, D\]"),
-        (normal(9, 4), normal(9, 4) / 0, ValueError, "`generated` must be finite, got NaN or infinity in 9 of 9"),
+        (
+            normal(9, 4),
+            nan_in_rows_2_and_5,
+            ValueError,
+            r"`generated` must be finite, got NaN .* in 2 of 9 samples \(2, 5\)",
+        ),
         (normal(9, 4).tolist(), normal(9, 4), TypeError, "`real` must be a torch.Tensor or a numpy.ndarray"),
         (normal(9, 4), normal(9, 4) + 0j, TypeError, "`generated` must hold real numbers"),
     ],
@@ -433,7 +587,7 @@ def test_evaluation_over_parts_equals_evaluating_each_part_alone(digits_net, dig
     assert sum(results["parts"][part]["num_generated"] for part in parts) == results["num_generated"] == 600
 
 
-def test_evaluation_is_the_three_distances_on_the_nets_features(digits_net, digits):
+def test_evaluation_is_the_metrics_on_the_nets_features(digits_net, digits):
     images, labels = digits
     results = evaluate_images(digits_net, images[:300], labels[:300], images[300:], labels[300:])
     with torch.no_grad():
@@ -441,6 +595,9 @@ def test_evaluation_is_the_three_distances_on_the_nets_features(digits_net, digi
     assert results["fd"] == pytest.approx(frechet_distance(real, generated), rel=1e-3)
     assert (results["kid"], results["kid_std"]) == pytest.approx(kernel_distance(real, generated), abs=1e-5)
     assert (results["precision"], results["recall"]) == pytest.approx(precision_recall(real, generated), abs=0.01)
+    assert (results["density"], results["coverage"]) == pytest.approx(density_coverage(real, generated), abs=0.01)
+    assert results["diversity"] == pytest.approx(cross_seed_diversity(generated, labels[:300]), rel=1e-4)
+    assert results["inception_score"] == pytest.approx(inception_score(digits_net(images[:300])[1])[0], rel=1e-4)
     assert "parts" not in results
 
 
@@ -475,7 +632,11 @@ def test_bad_evaluation_input_is_refused_by_the_name_of_the_argument(digits_net,
         ((images, labels.float(), images, labels), TypeError, "`labels` must hold integers, got dtype torch.float32"),
         ((images, labels + 1, images, labels), ValueError, r"`labels` must lie in \[0, 10\), got 1 to 10"),
         ((images, labels, images, labels - 1), ValueError, r"`real_labels` must lie in \[0, 10\), got -1 to 8"),
-        ((images / 0, labels, images, labels), ValueError, "`generated` must be finite"),
+        (
+            (images / 0, labels, images, labels),
+            ValueError,
+            "`generated` must be finite, .* 100 of 100 .*0, 1, .*, 9, ...",
+        ),
         ((images.byte(), labels, images, labels), ValueError, "`generated` must be a float tensor"),
         ((images, labels, images[0], labels), ValueError, "`real_images` must be a float tensor"),
         ((images.tolist(), labels, images, labels), TypeError, "`generated` must be a torch.Tensor"),
@@ -485,3 +646,6 @@ def test_bad_evaluation_input_is_refused_by_the_name_of_the_argument(digits_net,
             evaluate_images(digits_net, *arguments)
     with pytest.raises(ValueError, match=r"`generated` must hold >= 4 images of the classes in `parts\[7\]`, got 0"):
         evaluate_images(digits_net, images, labels, images, labels, {7: torch.tensor([12])})
+    with pytest.raises(ValueError, match=r"`real_images` must hold >= 6 images of the classes in `parts\[1\]`, got 5"):
+        only_five = (labels != 3) | ((labels == 3).cumsum(dim=0) <= 5)
+        evaluate_images(digits_net, images, labels, images[only_five], labels[only_five], {1: torch.tensor([3])})

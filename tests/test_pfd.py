@@ -8,7 +8,7 @@ from helpers import edm_scheduler, tiny_pipeline, tiny_unet
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusers_msd import Denoiser, NoiseSchedule, denoiser_for, sample_heun
-from diffusers_msd.metrics import FeatureNet
+from diffusers_msd.feature_net import FeatureNet
 from diffusers_msd.pfd import (
     EmpiricalDenoiser,
     GaussianMixtureDenoiser,

@@ -19,7 +19,7 @@ from PIL import Image
 from test_training import different, hashes, log_of, tensors_in
 
 from diffusers_msd import MultiStudentPipeline
-from diffusers_msd.metrics import FeatureNet
+from diffusers_msd.feature_net import FeatureNet
 from diffusers_msd.students import create_student
 from diffusers_msd.teachers import load_teacher, save_teacher
 

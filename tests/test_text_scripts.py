@@ -3,14 +3,17 @@
 """The scripts on a tiny Stable Diffusion teacher: captions, pairs, students, pipeline, table."""
 
 import json
+import runpy
+import sys
 
 import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from helpers import tiny_stable_diffusion, tiny_text_encoder
+from helpers import tiny_clip, tiny_stable_diffusion, tiny_text_encoder
 from PIL import Image
-from test_scripts import SHORT, assert_refused, hashes, picture, run
+from test_distributed import launch
+from test_scripts import SCRIPTS, SHORT, assert_refused, hashes, picture, run
 
 from diffusers_msd import ClassRouter, EmbeddingRouter, MultiStudentPipeline
 from diffusers_msd.captions import CaptionCache
@@ -128,23 +131,79 @@ def test_pairs_are_of_the_captions_in_turn_and_guided(pairs, captions):
     assert json.loads((pairs / "index.json").read_text())["guidance_scale"] == 2.0
 
 
-def test_evaluation_compares_teacher_and_pipeline_part_by_part(folder, teacher, students, captions, data):
+@pytest.fixture(scope="module")
+def evaluation(folder, teacher, students, captions, data):
+    """The command, without output folder."""
     torch.manual_seed(0)
     ContrastiveNet(sample_size=16, channels=(8,), feature_dim=4, text_dim=16, projection_dim=8).save_pretrained(
         folder / "contrastive"
     )
     arguments = ["--captions_dir", captions, "--train_data_dir", data, "--resolution", 16, "--num_inference_steps", 2]
-    arguments += ["--contrastive_net", folder / "contrastive", "--output_dir", folder / "results", "--num_shown", 3]
-    models = [f"teacher={teacher}", f"K=4={students}"]
-    assert run("evaluate_text.py", "--models", *models, *arguments, "--images_per_caption", 2) == 0
-    rows = json.loads((folder / "results" / "results.json").read_text())["rows"]
+    arguments += ["--contrastive_net", folder / "contrastive", "--clip_model", tiny_clip(folder / "clip")]
+    arguments += ["--num_shown", 3, "--images_per_caption", 2, "--sample_batch_size", 20]
+    return ["--models", f"teacher={teacher}", f"K=4={students}", *arguments]
+
+
+@pytest.fixture(scope="module")
+def results(folder, evaluation):
+    assert run("evaluate_text.py", *evaluation, "--output_dir", folder / "results") == 0
+    return folder / "results"
+
+
+def rows_of(output) -> list[dict]:
+    rows = json.loads((output / "results.json").read_text())["rows"]
+    return [{name: value for name, value in row.items() if name != "images_per_second"} for row in rows]
+
+
+def test_evaluation_compares_teacher_and_pipeline_part_by_part(results):
+    rows = rows_of(results)
     assert [row["model"] for row in rows] == ["teacher", "K=4"]
     for row in rows:
         assert row["num_generated"] == 48 and row["fd"] > 0 and set(row["parts"]) == {"0", "1", "2", "3"}
         assert 0 <= row["class_accuracy"] <= row["retrieval@5"] <= 1
-    table = (folder / "results" / "results.md").read_text()
-    assert "retrieval@5" in table and "class accuracy" not in table
-    assert picture(folder / "results" / "samples.png").width > 300
+        assert 0 <= row["clip_score"] <= 100 and row["diversity"] > 0 and "inception_score" not in row
+        for key in ("class_accuracy", "retrieval@5", "clip_score"):  # parts have 12 images each
+            assert row[key] == pytest.approx(sum(part[key] for part in row["parts"].values()) / 4, rel=1e-6)
+    table = (results / "results.md").read_text()
+    assert "retrieval@5" in table and "CLIP score" in table and "class accuracy" not in table
+    assert picture(results / "samples.png").width > 300
+    assert not (results / ".features").exists()
+
+
+def test_evaluation_on_two_processes_gives_the_same_numbers(evaluation, results, tmp_path):
+    command = [str(SCRIPTS / "evaluate_text.py"), *map(str, evaluation), "--output_dir", str(tmp_path)]
+    result = launch(*command, ACCELERATE_USE_CPU="true", OMP_NUM_THREADS=str(torch.get_num_threads()))
+    assert result.returncode == 0, result.stderr
+    assert rows_of(tmp_path) == rows_of(results)
+
+
+def test_images_are_resized_by_lanczos_to_the_resolution_of_the_evaluation():
+    resized = runpy.run_path(str(SCRIPTS / "evaluate_text.py"))["resized"]
+    pixels = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = pixels.float() / 127.5 - 1
+    for image, small in zip(pixels, resized(images, 16)):
+        whole = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((16, 16), Image.Resampling.LANCZOS)
+        assert np.array_equal(((small + 1) * 127.5).round().permute(1, 2, 0).numpy(), np.asarray(whole))
+    assert resized(images, 32) is images
+
+
+@pytest.mark.parametrize(
+    "arguments, texts",
+    [
+        (["--clip_model", "runs/none/at/all"], ["clip_model: ", "runs/none/at/all"]),
+        (["--images_per_caption", 0], ["images_per_caption: at least 1", "got 0"]),
+        (["--lpips_conditions", 2], ["lpips_conditions: ", "diffusers_msd[lpips]"]),
+    ],
+)
+def test_bad_evaluations_are_refused(arguments, texts, evaluation, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    status = run("evaluate_text.py", *evaluation, "--output_dir", tmp_path, *arguments)
+    assert_refused(capsys, status, *texts)
+
+
+def test_an_evaluation_without_a_feature_network_is_refused(teacher, captions, tmp_path, capsys):
+    arguments = ["--models", f"a={teacher}", "--captions_dir", captions, "--output_dir", tmp_path]
+    assert_refused(capsys, run("evaluate_text.py", *arguments), "contrastive_net: ", "feature_net")
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,15 @@
 
 Classes are exactly balanced, and image i has the same class and noise for every model, every batch size and any number
 of processes (`accelerate launch --num_processes n`). Instead of a data set, `--reference` takes the statistics of one:
-of make_reference.py, or EDM's with `--feature_net inception`. Then the Fréchet distance is the only metric.
+of make_reference.py, or EDM's with `--feature_net inception`. Then the Fréchet distance is the only metric that compares
+with real images.
 
-Writes results.json, results.md, samples.png, and learning_curves.png if a model's folder holds the logs of its training.
+Protocol of the published ImageNet-64 FIDs: 50,000 generated images, 50 of each class, one seed per image, the Inception
+network of 2015 ported from TensorFlow, and EDM's reference statistics imagenet-64x64.npz, whose SHA-256 stands beside
+the number. That is `--num_images 50000 --feature_net inception --reference imagenet-64x64.npz`.
+
+Writes results.json (every metric, overall and per part; docs/method.md defines them), results.md (a table of most),
+samples.png, and learning_curves.png if a model's folder holds the logs of its training.
 """
 
 import json
@@ -27,20 +33,24 @@ from diffusers_msd.data import DataConfig, ImageDataset, load_images
 from diffusers_msd.denoiser import denoiser_for, sample_shape
 from diffusers_msd.evaluation import (
     dataset_features,
+    distance_between_seeds,
     generate,
-    generate_features,
-    markdown_table,
+    measure_images,
     named_folders,
     open_feature_net,
+    open_lpips,
+    spread,
 )
+from diffusers_msd.feature_net import FeatureNet, describe_feature_net
 from diffusers_msd.feature_statistics import FeatureStatistics, load_statistics
-from diffusers_msd.files import atomic_write, check_writable, fingerprint, model_fingerprint, write_json
-from diffusers_msd.metrics import FeatureNet, describe_feature_net, evaluate_features, frechet_distance, part_masks
+from diffusers_msd.files import check_writable, fingerprint, model_fingerprint
+from diffusers_msd.metrics import frechet_distance
 from diffusers_msd.pairs import pair_noise, pair_seeds
 from diffusers_msd.plots import plot_learning_curves, plot_samples
 from diffusers_msd.runs import training_record
 from diffusers_msd.sampling import sample_heun
 from diffusers_msd.schedule import NoiseSchedule
+from diffusers_msd.scores import evaluate_features, metrics_without_real, part_masks, save_results
 from diffusers_msd.teachers import load_teacher
 
 
@@ -67,11 +77,14 @@ class EvaluationConfig:
     num_inference_steps: int = field(default=18, metadata={"help": "Heun steps of the teacher."})
     sample_batch_size: int = field(default=256, metadata={"help": "Images per batch, for quality and speed."})
     seed: int = field(default=1_000_000, metadata={"help": "Seed of the evaluation's noise."})
+    lpips_conditions: int = field(
+        default=0, metadata={"help": "LPIPS between four images of each of so many classes (extra `lpips`); 0: none."}
+    )
 
     def __post_init__(self):
-        for name in ("sample_batch_size", "num_images"):
-            if vars(self)[name] < 1:
-                raise ValueError(f"{name}: at least 1 expected, got {vars(self)[name]}")
+        for name, least in (("sample_batch_size", 1), ("num_images", 1), ("lpips_conditions", 0)):
+            if vars(self)[name] < least:
+                raise ValueError(f"{name}: at least {least} expected, got {vars(self)[name]}")
 
 
 class Teacher:
@@ -113,8 +126,8 @@ class Students:
         return {"model": fingerprint({"router": self.pipe.router.class_to_student}, students)}
 
 
-def model_features(model: Teacher | Students, name: str, config: EvaluationConfig, net, net_name: str, state) -> tuple:
-    """`generate_features` of one model."""
+def measure_model(model: Teacher | Students, name: str, config: EvaluationConfig, net, net_name: str, state):
+    """`measure_images` of one model: features, logits, and whether an image is of the class asked for."""
     if isinstance(net, FeatureNet) and net.config.num_classes < model.num_classes:
         raise ValueError(f"feature_net: it knows {net.config.num_classes} classes, {name} has {model.num_classes}")
     index = {
@@ -124,17 +137,23 @@ def model_features(model: Teacher | Students, name: str, config: EvaluationConfi
         "feature_net": net_name,
         **model.made_by(),
     }
+
+    def measure(images: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        features, logits = net(images)
+        # Inception's classes are not those asked for.
+        correct = {"class_accuracy": logits.argmax(dim=1) == labels} if isinstance(net, FeatureNet) else {}
+        return {"features": features, "logits": logits, **correct}
+
     folder = Path(config.output_dir) / FEATURES / name
     shape = sample_shape(model.model)
-    return generate_features(model.sample, net, folder, index, shape, config.sample_batch_size, state)
+    return measure_images(model.sample, measure, folder, index, shape, config.sample_batch_size, state)
 
 
-def quality(features, correct, reference: ImageDataset | FeatureStatistics, real, masks) -> dict:
-    """The metrics of one model: all of them against a data set, the distance alone against statistics."""
+def quality(columns: dict[str, torch.Tensor], reference: ImageDataset | FeatureStatistics, real, masks) -> dict:
+    """The metrics of one model: all of them against a data set, one distance against statistics."""
     if isinstance(reference, ImageDataset):
-        return evaluate_features(features, correct, real, masks)
-    row = {"fd": frechet_distance(reference, features), "num_generated": len(features)}
-    return row if correct is None else {**row, "class_accuracy": correct.double().mean().item()}
+        return evaluate_features(columns, real, masks)
+    return {"fd": frechet_distance(reference, columns["features"]), **metrics_without_real(columns)}
 
 
 def open_model(path: str, config: EvaluationConfig, device: torch.device) -> Teacher | Students:
@@ -176,18 +195,13 @@ def open_reference(config: EvaluationConfig, data: DataConfig, shape: tuple, fea
     return reference, f"the statistics {Path(config.reference).name} (SHA-256 {sha256})"
 
 
-def shown_images(model: Teacher | Students, config: EvaluationConfig, device: torch.device) -> torch.Tensor:
-    """Four of the evaluated images of each class, of ten classes at most: [classes, 4, C, H, W]."""
-    classes = shown_classes(model.num_classes)
+def images_of(model: Teacher | Students, classes: torch.Tensor, config: EvaluationConfig, device) -> torch.Tensor:
+    """Four of the evaluated images of each of some classes: [classes, 4, C, H, W]."""
     rows = [int(c) + j * model.num_classes for c in classes for j in range(4)]
     shape = sample_shape(model.model)
     z = torch.cat([pair_noise(pair_seeds(config.seed, range(row, row + 1)), shape) for row in rows])
     images, _ = generate(model.sample, z, classes.repeat_interleave(4), config.sample_batch_size, device)
     return images.reshape(len(classes), 4, *images.shape[1:])
-
-
-def shown_classes(num_classes: int) -> torch.Tensor:
-    return torch.linspace(0, num_classes - 1, min(num_classes, 10)).long()
 
 
 def main():
@@ -200,6 +214,7 @@ def main():
     shape = sample_shape(open_model(next(iter(models.values())), config, state.device).model)
     reference, against = open_reference(config, data, shape, feature_net, net_name, state.device)
     described = describe_feature_net(feature_net) if isinstance(feature_net, FeatureNet) else net_name
+    lpips = open_lpips() if config.lpips_conditions else None
 
     made, rows, samples = [], [], {}
     for name, path in models.items():
@@ -209,31 +224,31 @@ def main():
             # Refuses parts without enough images before any is generated.
             labels = torch.arange(config.num_images) % model.num_classes
             masks = part_masks(labels, reference.labels, model.parts)
-        made.append((model_features(model, name, config, feature_net, net_name, state), masks))
+        made.append((measure_model(model, name, config, feature_net, net_name, state), masks))
+        row = {
+            "model": name,
+            "parameters": model.parameters,
+            "parameters_total": model.parameters_total,
+            "training_seconds": training_record(Path(path)).get("seconds"),
+        }
+        rows.append(row)
         if state.is_main_process:
-            samples[name] = shown_images(model, config, state.device)
-        rows.append(
-            {
-                "model": name,
-                "parameters": model.parameters,
-                "parameters_total": model.parameters_total,
-                "training_seconds": training_record(Path(path)).get("seconds"),
-            }
-        )
+            samples[name] = images_of(model, spread(model.num_classes, 10), config, state.device)
+            if lpips is not None:
+                several = images_of(model, spread(model.num_classes, config.lpips_conditions), config, state.device)
+                row["lpips"] = distance_between_seeds(several, lpips)
     if not state.is_main_process:
         return
     real = None
     if isinstance(reference, ImageDataset):
         real = torch.cat(list(dataset_features(feature_net, reference, config.sample_batch_size)))
-    for row, ((features, correct, speed), masks) in zip(rows, made):
-        row |= quality(features, correct, reference, real, masks)
+    for row, ((columns, speed), masks) in zip(rows, made):
+        row |= quality(columns, reference, real, masks)
         row["images_per_second"] = speed
 
     protocol = f"{config.num_images} images per model against {against}; {described}"
-    table = f"{markdown_table(rows)}\n\n{protocol}\n"
-    write_json(output_dir / "results.json", {"rows": rows, "protocol": protocol, "config": vars(config)})
-    atomic_write(output_dir / "results.md", table)
-    classes = [f"class {c}" for c in shown_classes(model.num_classes)]
+    table = save_results(output_dir, rows, protocol, config)
+    classes = [f"class {c}" for c in spread(model.num_classes, 10)]
     plot_samples(samples, output_dir / "samples.png", classes)
     plot_learning_curves({name: Path(path) for name, path in models.items()}, output_dir / "learning_curves.png")
     shutil.rmtree(output_dir / FEATURES)

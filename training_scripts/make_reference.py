@@ -16,9 +16,9 @@ import torch
 from diffusers_msd.config import parse_config, run_script
 from diffusers_msd.data import DataConfig, load_images
 from diffusers_msd.evaluation import dataset_features, open_feature_net
+from diffusers_msd.feature_net import FeatureNet
 from diffusers_msd.feature_statistics import FeatureStatistics, load_statistics, save_statistics
 from diffusers_msd.files import check_writable
-from diffusers_msd.metrics import FeatureNet
 
 
 @dataclass

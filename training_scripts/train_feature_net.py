@@ -19,8 +19,8 @@ from sklearn.model_selection import train_test_split
 from tqdm.auto import tqdm
 
 from diffusers_msd.data import DataConfig, load_images
+from diffusers_msd.feature_net import FeatureNet, describe_feature_net, extract_features
 from diffusers_msd.files import atomic_directory, check_writable
-from diffusers_msd.metrics import FeatureNet, describe_feature_net, extract_features
 
 
 def shift(images, generator):

@@ -212,7 +212,10 @@ def read_images(dataset, rows: torch.Tensor, resolution: int) -> tuple[torch.Ten
     """
     entries = [dataset[row] for row in rows.tolist()]
     images = [_read(e["image"], e["caption"], row, resolution) for e, row in zip(entries, rows.tolist())]
-    return as_pixels([image for image in images if image is not None]), torch.tensor([i is not None for i in images])
+    kept = torch.tensor([image is not None for image in images])
+    if not kept.any():
+        return torch.empty(0, 3, resolution, resolution), kept
+    return as_pixels([image for image in images if image is not None]), kept
 
 
 def vae_fingerprint(vae: AutoencoderKL) -> str:

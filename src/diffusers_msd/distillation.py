@@ -16,8 +16,8 @@ from .config import for_stage
 from .data import DataConfig
 from .denoiser import Denoiser, denoiser_for
 from .draws import derive_seed
+from .feature_net import FeatureNet
 from .files import check_writable, fingerprint, load_model, model_fingerprint
-from .metrics import FeatureNet
 from .objectives import PERCEPTUAL
 from .pairs import PairDataset
 from .pipeline_msd import SLOTS, MultiStudentPipeline

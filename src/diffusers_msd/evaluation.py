@@ -1,6 +1,6 @@
 # Copyright 2026 The diffusers_msd authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What evaluation scripts share: which models, images and their features from given noise, and the table of results."""
+"""What evaluation scripts share: which models, images from given noise, and what is measured of each image."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -12,9 +12,11 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .data import ImageDataset
+from .feature_net import FeatureNet, weights_hash
 from .files import load_model
 from .inception import InceptionFeatures
-from .metrics import FeatureNet, weights_hash
+from .metrics import not_finite
+from .objectives import DISTANCES
 from .pairs import pair_noise, pair_seeds
 from .shards import Shards
 
@@ -77,57 +79,61 @@ def open_feature_net(name: str, device: str | torch.device) -> tuple[nn.Module, 
 
 
 @torch.no_grad()
-def generate_features(
+def measure_images(
     sample: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    feature_net: nn.Module,
+    measure: Callable[[torch.Tensor, torch.Tensor], dict[str, torch.Tensor]],
     folder: Path,
     index: dict,
     image_shape: tuple[int, ...],
     batch_size: int,
     state: PartialState,
-) -> tuple[torch.Tensor, torch.Tensor | None, float | None] | None:
-    """Features of generated images, on any number of processes; the images are not kept.
+) -> tuple[dict[str, torch.Tensor], float | None] | None:
+    """What is measured of generated images, on any number of processes; the images are not kept.
 
-    Image i has class i mod num_classes and a seed of its own. A batch always holds the same images, and is made by one
-    process: the features are the same, bit for bit, for any number of processes. They are files until all are there, so
-    an interrupted evaluation goes on.
+    Image i has condition i mod num_classes and a seed of its own. A batch always holds the same images, and is made by
+    one process: the numbers are the same, bit for bit, for any number of processes. They are files until all are there,
+    so an interrupted evaluation goes on.
 
     Args:
         sample: noise [B, C, H, W] and labels [B] on the device -> images [B, C', H', W'], about [-1, 1].
-        feature_net: gives (features [B, D], logits [B, num_classes or 0]).
-        folder: of the files, shared by the processes.
-        index: what the images are made of: "num_images", "num_classes", "seed", and what else decides on them.
+        measure: images in [-1, 1] and labels [B], on the device -> named columns [B, ...], as
+            `scores.metrics_without_real` takes them, without the labels.
+        folder: of the files, shared by the processes; its name is that of the model.
+        index: what the images are made of: "num_images", "num_classes", "seed", and what else decides on the numbers.
         image_shape: of the noise, (C, H, W).
         batch_size: images at a time.
         state: this process, and how many there are.
 
     Returns:
-        In the main process: features float32 [N, D]; which images are classified as asked, boolean [N] (None without
-        logits); images per second of this process (None if all were there already). In the others None.
+        In the main process: the columns [N, ...] with "labels", on the CPU; images per second of this process (None if
+        all were there already). In the others None.
 
     Raises:
-        ValueError: the folder holds features of other images (the setting is named).
+        ValueError: the folder holds numbers of other images (the setting is named), or an image is not finite.
     """
     made = seconds = 0.0
+    num_images, num_classes = index["num_images"], index["num_classes"]
 
     def make_batch(rows: range, bar: tqdm | None = None):
         nonlocal made, seconds
-        labels = torch.arange(rows.start, rows.stop) % index["num_classes"]
-        z = pair_noise(pair_seeds(index["seed"], rows), image_shape)
+        labels = (torch.arange(rows.start, rows.stop) % num_classes).to(state.device)
+        z = pair_noise(pair_seeds(index["seed"], rows), image_shape).to(state.device)
         began = time.perf_counter()
         # To the CPU, so that the device has finished when the clock is read.
-        images = sample(z.to(state.device), labels.to(state.device)).clamp(-1, 1).cpu()
+        images = sample(z, labels).cpu()
         made, seconds = made + len(rows), seconds + time.perf_counter() - began
-        features, logits = (output.cpu() for output in feature_net(images.to(state.device)))
+        if bad := not_finite(images, rows.start):
+            raise ValueError(f"models: {folder.name} made NaN or infinity in {bad}")
+        columns = measure(images.clamp(-1, 1).to(state.device), labels)
         if bar is not None:
             bar.update(len(rows))
-        return {"features": features, **({"correct": logits.argmax(dim=1) == labels} if logits.shape[1] else {})}, {}
+        return {name: column.cpu() for name, column in columns.items()}, {}
 
     # A file is a batch.
     index = {**index, "sample_batch_size": batch_size, "shard_size": batch_size}
-    shards = Shards(folder, index, index["num_images"], "features", "output_dir", "training_scripts/evaluate.py")
+    shards = Shards(folder, index, num_images, "features", "output_dir", "the same script")
     # A first call is slow; it is not counted.
-    make_batch(range(min(batch_size, index["num_images"])))
+    make_batch(range(min(batch_size, num_images)))
     made = seconds = 0.0
     shards.make(make_batch, state.process_index, state.num_processes, state.is_local_main_process)
     state.wait_for_everyone()
@@ -135,7 +141,7 @@ def generate_features(
         return None
     tensors = [tensors for tensors, _ in shards.read_all()]
     columns = {name: torch.cat([part[name] for part in tensors]) for name in tensors[0]}
-    return columns["features"], columns.get("correct"), made / seconds if made else None
+    return {**columns, "labels": torch.arange(num_images) % num_classes}, made / seconds if made else None
 
 
 @torch.no_grad()
@@ -147,31 +153,31 @@ def dataset_features(feature_net: nn.Module, dataset: ImageDataset, batch_size: 
         yield feature_net(batch["images"].to(device))[0].cpu()
 
 
-# A column of the table: a row of results -> its cell, empty where there is nothing to say.
-COLUMNS = {
-    "FD": lambda r: f"{r['fd']:.4f}",
-    "KID": lambda r: f"{r['kid']:.2f} ± {r['kid_std']:.2f}" if "kid" in r else "",
-    "class accuracy": lambda r: (
-        f"{100 * r['class_accuracy']:.2f} %" if "class_accuracy" in r and "retrieval@5" not in r else ""
-    ),
-    "retrieval@1": lambda r: f"{100 * r['class_accuracy']:.2f} %" if "retrieval@5" in r else "",
-    "retrieval@5": lambda r: f"{100 * r['retrieval@5']:.2f} %" if "retrieval@5" in r else "",
-    "precision": lambda r: f"{r['precision']:.3f}" if "precision" in r else "",
-    "recall": lambda r: f"{r['recall']:.3f}" if "recall" in r else "",
-    "retrieval@1 of each part": lambda r: ", ".join(
-        f"{100 * part['class_accuracy']:.1f} %" for part in r.get("parts", {}).values() if "retrieval@5" in r
-    ),
-    "FD of each part": lambda r: ", ".join(f"{part['fd']:.4f}" for part in r.get("parts", {}).values()),
-    "parameters per student": lambda r: f"{r['parameters']:,}",
-    "in total": lambda r: f"{r['parameters_total']:,}",
-    "training s": lambda r: f"{r['training_seconds']:.0f}" if r["training_seconds"] else "",
-    "images / s": lambda r: f"{r['images_per_second']:.0f}" if r["images_per_second"] else "",
-}
+def spread(num_conditions: int, wanted: int) -> torch.Tensor:
+    """So many conditions, or all there are, at equal distances."""
+    return torch.linspace(0, num_conditions - 1, min(num_conditions, wanted)).long()
 
 
-def markdown_table(rows: list[dict]) -> str:
-    """The results, a model a row; a column appears if some row has something to say in it."""
-    names = [name for name, cell in COLUMNS.items() if any(cell(r) for r in rows)]
-    lines = ["| model | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    lines += [f"| {r['model']} | " + " | ".join(COLUMNS[n](r) or "-" for n in names) + " |" for r in rows]
-    return "\n".join(lines)
+def open_lpips() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """LPIPS (VGG) between images [B, C, H, W] in [-1, 1] -> [B].
+
+    Raises:
+        ImportError: without the extra `lpips`.
+    """
+    try:
+        return DISTANCES["lpips"]()
+    except ImportError as error:
+        raise ImportError("lpips_conditions: needs the extra lpips: pip install 'diffusers_msd[lpips]'") from error
+
+
+@torch.no_grad()
+def distance_between_seeds(images: torch.Tensor, distance: Callable) -> float:
+    """Mean distance between two images of the same condition: over the pairs of each condition, then over conditions.
+
+    Args:
+        images: [conditions, n, C, H, W] in [-1, 1], n >= 2.
+        distance: [B, C, H, W], [B, C, H, W] -> [B], such as that of `open_lpips`.
+    """
+    first, second = torch.combinations(torch.arange(images.shape[1])).T
+    means = [distance(of_one[first], of_one[second]).double().mean() for of_one in images]
+    return torch.stack(means).mean().item()

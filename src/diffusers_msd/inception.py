@@ -11,7 +11,7 @@ from torch import nn
 
 
 class InceptionFeatures(nn.Module):
-    """TensorFlow's Inception v3 of 2015, ported: 2048 features per image.
+    """TensorFlow's Inception v3 of 2015, ported: 2048 features and 1008 class logits per image.
 
     torch-fidelity downloads the weights (96 MB) at the first use. They are read without running code from the file.
 
@@ -34,7 +34,7 @@ class InceptionFeatures(nn.Module):
             ) from error
         # It reads its file with torch.load, which would run what a hostile file says; torch has a switch against that.
         with mock.patch.dict(os.environ, TORCH_FORCE_WEIGHTS_ONLY_LOAD="1"):
-            self.net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], weights)
+            self.net = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"], weights)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Features of images.
@@ -43,8 +43,9 @@ class InceptionFeatures(nn.Module):
             images: [B, 3, H, W] in [-1, 1]; rounded to 8 bits, as if they had been saved, and resized by the network.
 
         Returns:
-            Features [B, 2048] and logits [B, 0]: its 1008 classes are in an order of their own, so there are none.
+            Features [B, 2048] and logits [B, 1008], without the last layer's bias as Inception scores are published.
+            The order of the classes is the network's own: its logits tell nothing of the class asked for.
         """
         pixels = images.clamp(-1, 1).add(1).mul(127.5).round().byte()
-        (features,) = self.net(pixels)
-        return features, features[:, :0]
+        features, logits = self.net(pixels)
+        return features, logits

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from .denoiser import Denoiser
-from .metrics import extract_features
+from .feature_net import extract_features
 from .sampling import sample_heun
 from .schedule import NoiseSchedule, expand
 
@@ -44,6 +44,9 @@ class FlowDistance(NamedTuple):
     squared: float
     squared_error: float
     num_noises: int
+
+    def __float__(self) -> float:
+        return self.root
 
 
 def probability_flow_distance(

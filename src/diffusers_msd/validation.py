@@ -8,8 +8,9 @@ import torch
 from diffusers import ModelMixin
 
 from .denoiser import Denoiser, sample_shape
+from .feature_net import extract_features
 from .grids import save_grid
-from .metrics import extract_features, frechet_distance
+from .metrics import frechet_distance
 from .pairs import pair_noise
 
 
