@@ -35,6 +35,7 @@ ARROWS: dict[str, set[str]] = {
     "draws": set(),
     "embedding_rows": set(),
     "files": set(),
+    "flops": set(),
     "inheritance": set(),
     "objectives": set(),
     "retrieval": set(),
@@ -54,7 +55,8 @@ ARROWS: dict[str, set[str]] = {
     "teachers": {"files"},
     "checkpoint": {"adapters", "files"},
     "convert": {"denoiser", "edm_layouts", "files", "schedule", "teachers", "untrusted"},
-    "runs": {"files"},
+    "account": {"flops"},
+    "runs": {"account", "files"},
     "grids": {"files"},
     "plots": {"grids", "runs"},
     "feature_statistics": {"files"},
@@ -62,7 +64,7 @@ ARROWS: dict[str, set[str]] = {
     # data and conditions
     "shards": {"files"},
     "data": {"shards", "zipped_images"},
-    "pairs": {"denoiser", "files", "sampling", "shards"},
+    "pairs": {"account", "denoiser", "files", "flops", "sampling", "shards"},
     "captions": {"data", "files", "prompts", "shards"},
     "conditions": {
         "captions",
@@ -81,11 +83,11 @@ ARROWS: dict[str, set[str]] = {
     "batches": {"draws"},
     "stage_config": {"objectives"},
     "stages": {"adapters", "denoiser", "discriminator", "draws", "objectives", "stage_config"},
-    "training": {"batches", "checkpoint", "draws", "files", "stages", "training_config"},
-    "memory": {"adapters", "denoiser", "draws", "stages", "training_config"},
+    "training": {"account", "batches", "checkpoint", "draws", "files", "stages", "training_config"},
+    "memory": {"adapters", "denoiser", "draws", "flops", "stages", "training_config"},
     "validation": {"denoiser", "grids", "metrics", "pairs"},
     # results
-    "evaluation": {"data", "files", "inception", "metrics", "pairs", "shards"},
+    "evaluation": {"account", "data", "files", "inception", "metrics", "pairs", "runs", "shards"},
     # serving
     "prompts": set(),
     "hub": {"adapters", "embedding_routing", "files", "routing"},
@@ -144,6 +146,7 @@ ARROWS: dict[str, set[str]] = {
     },
 }
 TRAINING = {
+    "account",
     "batches",
     "captions",
     "checkpoint",
@@ -154,6 +157,7 @@ TRAINING = {
     "draws",
     "dry_run",
     "evaluation",
+    "flops",
     "inception",
     "memory",
     "objectives",

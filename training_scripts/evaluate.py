@@ -30,6 +30,7 @@ from diffusers_msd.evaluation import (
     generate,
     generate_features,
     markdown_table,
+    model_cost,
     named_folders,
     open_feature_net,
 )
@@ -38,7 +39,6 @@ from diffusers_msd.files import atomic_write, check_writable, fingerprint, model
 from diffusers_msd.metrics import FeatureNet, describe_feature_net, evaluate_features, frechet_distance, part_masks
 from diffusers_msd.pairs import pair_noise, pair_seeds
 from diffusers_msd.plots import plot_learning_curves, plot_samples
-from diffusers_msd.runs import training_record
 from diffusers_msd.sampling import sample_heun
 from diffusers_msd.schedule import NoiseSchedule
 from diffusers_msd.teachers import load_teacher
@@ -212,14 +212,10 @@ def main():
         made.append((model_features(model, name, config, feature_net, net_name, state), masks))
         if state.is_main_process:
             samples[name] = shown_images(model, config, state.device)
-        rows.append(
-            {
-                "model": name,
-                "parameters": model.parameters,
-                "parameters_total": model.parameters_total,
-                "training_seconds": training_record(Path(path)).get("seconds"),
-            }
-        )
+            row = {"model": name, "parameters": model.parameters, "parameters_total": model.parameters_total}
+            rows.append(row | model_cost(path, model.sample, sample_shape(model.model), state.device))
+        # The other processes wait meanwhile: beside them, one image would take longer.
+        state.wait_for_everyone()
     if not state.is_main_process:
         return
     real = None

@@ -22,13 +22,12 @@ from diffusers_msd.conditions import conditions_for
 from diffusers_msd.config import parse_config, run_script
 from diffusers_msd.data import DataConfig
 from diffusers_msd.denoiser import denoiser_for, sample_shape
-from diffusers_msd.evaluation import generate, markdown_table, named_folders
+from diffusers_msd.evaluation import generate, markdown_table, model_cost, named_folders
 from diffusers_msd.files import atomic_write, check_writable, load_model, write_json
 from diffusers_msd.metrics import evaluate_images, extract_features, weights_hash
 from diffusers_msd.pairs import pair_noise, pair_seeds
 from diffusers_msd.plots import plot_samples
 from diffusers_msd.retrieval import ContrastiveNet
-from diffusers_msd.runs import training_record
 from diffusers_msd.sampling import SAMPLERS
 from diffusers_msd.schedule import NoiseSchedule
 from diffusers_msd.teachers import load_teacher
@@ -134,7 +133,7 @@ def evaluate(name: str, path: str, model, judge: CaptionJudge, labels, real: dic
         **row,
         "parameters": model.parameters,
         "parameters_total": model.parameters_total,
-        "training_seconds": training_record(Path(path)).get("seconds"),
+        **model_cost(path, model.sample, sample_shape(model.unet), torch.device(config.device)),
         "images_per_second": speed,
     }
 

@@ -11,11 +11,13 @@ from accelerate import PartialState
 from torch import nn
 from tqdm.auto import tqdm
 
+from .account import hardware, latency, storage_bytes
 from .data import ImageDataset
 from .files import load_model
 from .inception import InceptionFeatures
 from .metrics import FeatureNet, weights_hash
 from .pairs import pair_noise, pair_seeds
+from .runs import training_record
 from .shards import Shards
 
 
@@ -147,6 +149,36 @@ def dataset_features(feature_net: nn.Module, dataset: ImageDataset, batch_size: 
         yield feature_net(batch["images"].to(device))[0].cpu()
 
 
+@torch.no_grad()
+def model_cost(
+    path: str,
+    sample: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    image_shape: tuple[int, ...],
+    device: torch.device,
+) -> dict:
+    """What a model cost, and what it costs to keep and to call; entries of its row in the results.
+
+    Args:
+        path: its folder, or Hub id.
+        sample: noise [1, C, H, W] and labels [1] on the device -> images.
+        image_shape: of the noise, (C, H, W).
+        device: of the calls.
+
+    Returns:
+        "training_seconds" of all students, or None; "training", see `training_record`; "storage_bytes", or None for a
+        Hub id; "latency" of one image, see `account.latency`, with "hardware".
+    """
+    z = pair_noise(pair_seeds(0, range(1)), image_shape).to(device)
+    label = torch.zeros(1, dtype=torch.long, device=device)
+    record = training_record(Path(path))
+    return {
+        "training_seconds": record.get("seconds"),
+        "training": record,
+        "storage_bytes": storage_bytes(path),
+        "latency": {**latency(lambda: sample(z, label)), "hardware": hardware(device)},
+    }
+
+
 # A column of the table: a row of results -> its cell, empty where there is nothing to say.
 COLUMNS = {
     "FD": lambda r: f"{r['fd']:.4f}",
@@ -165,6 +197,11 @@ COLUMNS = {
     "parameters per student": lambda r: f"{r['parameters']:,}",
     "in total": lambda r: f"{r['parameters_total']:,}",
     "training s": lambda r: f"{r['training_seconds']:.0f}" if r["training_seconds"] else "",
+    "training TFLOP, with pairs": lambda r: (
+        f"{r['training']['flops_with_pairs'] / 1e12:,.2f}" if "flops_with_pairs" in r.get("training", {}) else ""
+    ),
+    "storage MB": lambda r: f"{r['storage_bytes'] / 1e6:.2f}" if r.get("storage_bytes") else "",
+    "ms at batch 1": lambda r: f"{r['latency']['wall_ms']:.1f}" if "latency" in r else "",
     "images / s": lambda r: f"{r['images_per_second']:.0f}" if r["images_per_second"] else "",
 }
 

@@ -61,6 +61,14 @@ class Turn(nn.Module):
         """The trained networks by the name of their checkpoint folder; the first one is what the stage is for."""
         raise NotImplementedError
 
+    def networks(self) -> dict[str, ModelMixin]:
+        """All networks it runs, trained and frozen, by their role."""
+        frozen = {
+            role: next(m for m in module.modules() if isinstance(m, ModelMixin))
+            for role, module in self.frozen.items()
+        }
+        return {**frozen, **self.models()}
+
     def claim(self):
         """Makes this turn's networks trainable and the others not, until another turn claims them.
 
