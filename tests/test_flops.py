@@ -60,19 +60,14 @@ def build(family: str, stage: str, lora: bool = False, guidance_scale: float | N
     return build_stage(stage, student, denoiser_for(teacher, schedule, null_cond=null), fake_score, cond, config)
 
 
-def backward(turn):
+def backward(turn, family: str):
     """One run of a turn on random data."""
     turn.claim()
     generator = torch.Generator().manual_seed(3)
     shape = (B, *sample_shape(next(iter(turn.models().values()))))
     data = {name: torch.randn(shape, generator=generator) for name in ("images", "noise")}
-    data["cond"] = turn_conditions(turn)
+    data["cond"] = FAMILIES[family][2][:B]
     turn(dict.fromkeys(turn.needs, data), Draws((0,), B, slice(None)))["loss"].mean().backward()
-
-
-def turn_conditions(turn):
-    family = "class" if "UNet2DModel" in type(next(iter(turn.models().values()))).__name__ else "text"
-    return FAMILIES[family][2][:B].clone()
 
 
 def gradients(turn) -> list[torch.Tensor]:
@@ -87,7 +82,7 @@ def gradients(turn) -> list[torch.Tensor]:
 def test_passes_by_role_are_those_of_the_method(stage, family, lora):
     for turn in build(family, stage, lora):
         with count_work(turn.networks()) as work:
-            backward(turn)
+            backward(turn, family)
         expected = {role: read(passes) for role, passes in PASSES[stage, turn.name].items()}
         assert work["passes"] == expected and work["flops"] > 0
         cost = [0, 0]
@@ -105,8 +100,8 @@ def test_passes_by_role_are_those_of_the_method(stage, family, lora):
 def test_counting_changes_no_gradient_and_leaves_no_hook(stage, family):
     for counted, plain in zip(build(family, stage), build(family, stage)):
         with count_work(counted.networks()):
-            backward(counted)
-        backward(plain)
+            backward(counted, family)
+        backward(plain, family)
         assert all(torch.equal(a, b) for a, b in zip(gradients(counted), gradients(plain), strict=True))
         modules = [m for network in counted.networks().values() for m in network.modules()]
         assert not any(m._forward_hooks or m._forward_pre_hooks or m._forward_hooks_always_called for m in modules)
@@ -118,7 +113,7 @@ def test_gradient_checkpointing_is_more_arithmetic_and_the_same_passes():
     work = []
     for turn in (plain, saving):
         with count_work(turn.networks()) as counted:
-            backward(turn)
+            backward(turn, "text")
         work.append(counted)
     assert work[0]["passes"] == work[1]["passes"]
     assert 1.1 * work[0]["flops"] < work[1]["flops"] < 1.4 * work[0]["flops"]
@@ -127,7 +122,7 @@ def test_gradient_checkpointing_is_more_arithmetic_and_the_same_passes():
 def test_guidance_is_two_samples_through_the_teacher():
     turn = build("text", "dm", guidance_scale=3.0)[0]
     with count_work(turn.networks()) as work:
-        backward(turn)
+        backward(turn, "text")
     assert work["passes"]["teacher"] == {"forward": 2 * B}
 
 

@@ -139,7 +139,7 @@ def generate_pairs(
 
     Pair i has condition i mod n and noise of its own, so the set depends neither on the number of processes nor on
     interruptions: good shards are kept; missing and corrupt ones are made (again). Samplers are deterministic, as for
-    DMD's pairs (arXiv 2311.18828).
+    DMD's pairs (arXiv 2311.18828). Each process adds what its shards cost to a file of its own, for `pairs_account`.
 
     Args:
         teacher: put into eval mode; samples on the device of its parameters.
@@ -157,8 +157,6 @@ def generate_pairs(
         rank: this process makes the shards j with j mod world_size == rank.
         world_size: number of processes.
         progress: shows a bar with rate and remaining time.
-
-    Each process adds what its shards cost to a file of its own beside them, for `pairs_account`.
 
     Returns:
         The number of pairs this call made, those it kept not counted.
