@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several processes on the CPU. Each pays for importing torch and diffusers, so there is one such run."""
 
+import json
 import os
 import subprocess
 import sys
@@ -53,6 +54,10 @@ def test_two_processes_equal_one_with_the_same_global_batch(case, runs):
     assert max((weights[name] - start[name]).abs().max() for name in weights) > 1e-3
     for line, other in zip(log_of(one), log_of(two), strict=True):
         assert line == pytest.approx(other, rel=1e-4)
+    accounts = [json.loads((run / "final" / "summary.json").read_text()) for run in (one, two)]
+    for key in ("steps", "flops", "passes", "images_seen"):
+        assert accounts[0][key] == accounts[1][key], key
+    assert [account["processes"] for account in accounts] == [1, 2]
     assert state_of(one / "checkpoint-4")["settings"] == state_of(two / "checkpoint-4")["settings"]
 
 

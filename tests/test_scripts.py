@@ -250,6 +250,12 @@ def test_evaluation_leaves_a_table_and_pictures(folder, teacher, same_size, smal
     assert rows["small"]["parameters"] < rows["teacher"]["parameters"] / 2
     assert rows["lora"]["parameters"] < rows["lora"]["parameters_total"] < 1.5 * rows["teacher"]["parameters"]
     assert rows["K=2"]["training_seconds"] > 0 and rows["teacher"]["training_seconds"] is None
+    training = rows["K=2"]["training"]
+    assert training["flops_with_pairs"] == training["flops"] + training["pairs"]["flops"]
+    assert training["flops"] == sum(student["flops"] for student in training["students"].values()) > 0
+    assert training["pairs"]["passes"]["teacher"]["forward"] > 0 and rows["teacher"]["training"] == {}
+    assert rows["small"]["storage_bytes"] < rows["K=2"]["storage_bytes"]
+    assert rows["lora"]["latency"]["wall_ms"] > 0
     assert set(rows["K=2"]["parts"]) == {"0", "1"}
     table = (folder / "results" / "results.md").read_text()
     assert table in printed and table.count("\n|") == 5 and "held-out accuracy" in table

@@ -135,7 +135,7 @@ def parts_of(names: list[str]) -> set[str]:
 
 def state_of(checkpoint: Path) -> dict:
     state = json.loads((checkpoint / "state.json").read_text())
-    del state["seconds"]
+    del state["seconds"], state["account"]["peak_memory"]
     return state
 
 

@@ -36,6 +36,7 @@ from diffusers_msd.evaluation import (
     distance_between_seeds,
     generate,
     measure_images,
+    model_cost,
     named_folders,
     open_feature_net,
     open_lpips,
@@ -47,7 +48,6 @@ from diffusers_msd.files import check_writable, fingerprint, model_fingerprint
 from diffusers_msd.metrics import frechet_distance
 from diffusers_msd.pairs import pair_noise, pair_seeds
 from diffusers_msd.plots import plot_learning_curves, plot_samples
-from diffusers_msd.runs import training_record
 from diffusers_msd.sampling import sample_heun
 from diffusers_msd.schedule import NoiseSchedule
 from diffusers_msd.scores import evaluate_features, metrics_without_real, part_masks, save_results
@@ -225,18 +225,16 @@ def main():
             labels = torch.arange(config.num_images) % model.num_classes
             masks = part_masks(labels, reference.labels, model.parts)
         made.append((measure_model(model, name, config, feature_net, net_name, state), masks))
-        row = {
-            "model": name,
-            "parameters": model.parameters,
-            "parameters_total": model.parameters_total,
-            "training_seconds": training_record(Path(path)).get("seconds"),
-        }
-        rows.append(row)
         if state.is_main_process:
             samples[name] = images_of(model, spread(model.num_classes, 10), config, state.device)
+            row = {"model": name, "parameters": model.parameters, "parameters_total": model.parameters_total}
+            row |= model_cost(path, model.sample, sample_shape(model.model), state.device)
             if lpips is not None:
                 several = images_of(model, spread(model.num_classes, config.lpips_conditions), config, state.device)
                 row["lpips"] = distance_between_seeds(several, lpips)
+            rows.append(row)
+        # The other processes wait meanwhile: beside them, one image would take longer.
+        state.wait_for_everyone()
     if not state.is_main_process:
         return
     real = None

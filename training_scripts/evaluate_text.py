@@ -42,6 +42,7 @@ from diffusers_msd.denoiser import denoiser_for, sample_shape
 from diffusers_msd.evaluation import (
     distance_between_seeds,
     measure_images,
+    model_cost,
     named_folders,
     open_feature_net,
     open_lpips,
@@ -52,7 +53,6 @@ from diffusers_msd.files import check_writable, fingerprint, load_model, model_f
 from diffusers_msd.pairs import pair_noise, pair_seeds
 from diffusers_msd.plots import plot_samples
 from diffusers_msd.retrieval import ContrastiveNet
-from diffusers_msd.runs import training_record
 from diffusers_msd.sampling import SAMPLERS
 from diffusers_msd.schedule import NoiseSchedule
 from diffusers_msd.scores import evaluate_features, metrics_without_real, part_masks, save_results
@@ -269,18 +269,16 @@ def main():
     rows, samples, made = [], {"real": shown_real[:, None]}, []
     for name, model in models.items():
         made.append(measure_model(model, name, judge, cache, config, state))
-        row = {
-            "model": name,
-            "parameters": model.parameters,
-            "parameters_total": model.parameters_total,
-            "training_seconds": training_record(Path(paths[name])).get("seconds"),
-        }
-        rows.append(row)
         if state.is_main_process:
             samples[name] = images_of(model, shown, config, state.device)
+            row = {"model": name, "parameters": model.parameters, "parameters_total": model.parameters_total}
+            row |= model_cost(paths[name], model.sample, sample_shape(model.unet), state.device)
             if lpips is not None:
                 several = images_of(model, spread(num_captions, config.lpips_conditions), config, state.device)
                 row["lpips"] = distance_between_seeds(several, lpips)
+            rows.append(row)
+        # The other processes wait meanwhile: beside them, one image would take longer.
+        state.wait_for_everyone()
     if not state.is_main_process:
         return
     real = measure_real(judge, dataset, cache, config.sample_batch_size)

@@ -17,11 +17,11 @@ from .data import DataConfig
 from .denoiser import Denoiser, denoiser_for
 from .draws import derive_seed
 from .feature_net import FeatureNet
-from .files import check_writable, fingerprint, load_model, model_fingerprint
+from .files import check_writable, fingerprint, load_model, model_fingerprint, write_json
 from .objectives import PERCEPTUAL
-from .pairs import PairDataset
+from .pairs import PairDataset, pairs_account
 from .pipeline_msd import SLOTS, MultiStudentPipeline
-from .runs import claim_run
+from .runs import PAIRS_FILE, claim_run
 from .schedule import NoiseSchedule
 from .stage_config import StageConfig
 from .stages import STAGES, build_stage
@@ -171,6 +171,9 @@ class Run:
         self.accelerator = create_accelerator(training, self.output_dir)
         if self.accelerator.is_main_process:
             self.conditions.report(self.router, self.output_dir)
+            if "pairs" in self.datasets:
+                # The pairs may be gone or moved when somebody asks what the run cost.
+                write_json(self.output_dir / PAIRS_FILE, pairs_account(config.pairs_dir))
         self.dtype = autocast_dtype(training)
         self.teacher_model = teacher
         # The one that is asked for predictions is only read, so it may live in the lower precision.

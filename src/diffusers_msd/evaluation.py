@@ -11,6 +11,7 @@ from accelerate import PartialState
 from torch import nn
 from tqdm.auto import tqdm
 
+from .account import hardware, latency, storage_bytes
 from .data import ImageDataset
 from .feature_net import FeatureNet, weights_hash
 from .files import load_model
@@ -18,6 +19,7 @@ from .inception import InceptionFeatures
 from .metrics import not_finite
 from .objectives import DISTANCES
 from .pairs import pair_noise, pair_seeds
+from .runs import training_record
 from .shards import Shards
 
 
@@ -156,6 +158,36 @@ def dataset_features(feature_net: nn.Module, dataset: ImageDataset, batch_size: 
 def spread(num_conditions: int, wanted: int) -> torch.Tensor:
     """So many conditions, or all there are, at equal distances."""
     return torch.linspace(0, num_conditions - 1, min(num_conditions, wanted)).long()
+
+
+@torch.no_grad()
+def model_cost(
+    path: str,
+    sample: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    image_shape: tuple[int, ...],
+    device: torch.device,
+) -> dict:
+    """What a model cost, and what it costs to keep and to call; entries of its row in the results.
+
+    Args:
+        path: its folder, or Hub id.
+        sample: noise [1, C, H, W] and labels [1] on the device -> images.
+        image_shape: of the noise, (C, H, W).
+        device: of the calls.
+
+    Returns:
+        "training_seconds" of all students, or None; "training", see `training_record`; "storage_bytes", or None for a
+        Hub id; "latency" of one image, see `account.latency`, with "hardware".
+    """
+    z = pair_noise(pair_seeds(0, range(1)), image_shape).to(device)
+    label = torch.zeros(1, dtype=torch.long, device=device)
+    record = training_record(Path(path))
+    return {
+        "training_seconds": record.get("seconds"),
+        "training": record,
+        "storage_bytes": storage_bytes(path),
+        "latency": {**latency(lambda: sample(z, label)), "hardware": hardware(device)},
+    }
 
 
 def open_lpips() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:

@@ -10,28 +10,17 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from .adapters import trainable_parameters
 from .denoiser import sample_shape
 from .draws import Draws
+from .flops import FlopCounter
 from .stages import Turn
 from .training_config import TrainingConfig
 
 
 # Of tensors that claim to be on the CPU, with shape and dtype and without data; they mix with real ones.
 _FAKE = FakeTensorMode(allow_non_fake_inputs=True)
-
-
-aten = torch.ops.aten
-# torch counts the arithmetic of every attention kernel but the one that CPUs have.
-_FLOPS = {
-    **flop_registry,
-    aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
-        aten._scaled_dot_product_flash_attention_backward
-    ],
-}
 
 
 class LiveBytes(TorchDispatchMode):
@@ -68,18 +57,6 @@ class LiveBytes(TorchDispatchMode):
     def _freed(self, key: int, size: int):
         self.known.discard(key)
         self.now -= size
-
-
-class _Meter(LiveBytes):
-    """Counts arithmetic in the same pass: `flops`, as `FlopCounterMode` does, and attention on a CPU too."""
-
-    flops = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = super().__torch_dispatch__(func, types, args, kwargs)
-        if func._overloadpacket in _FLOPS:
-            self.flops += _FLOPS[func._overloadpacket](*args, **(kwargs or {}), out_val=result)
-        return result
 
 
 def without_data(model: ModelMixin) -> ModelMixin:
@@ -195,17 +172,17 @@ def _run(turn: Turn, config: TrainingConfig, cond: torch.Tensor, known: list[tor
     turn.claim()
     # With accumulation the gradients of one pass are there during the next.
     passes = min(2, config.gradient_accumulation_steps)
-    with _Meter(known) as meter:
+    with LiveBytes(known) as live, FlopCounter() as counter:
         for _ in range(passes):
             loss = _loss(turn, config.train_batch_size, cond)
-            activations = meter.now
+            activations = live.now
             loss.backward()
             del loss
     turn.zero_grad(set_to_none=True)
     return {
         "activations": activations,
-        "pass": meter.peak,
-        "flops": meter.flops // passes * config.gradient_accumulation_steps,
+        "pass": live.peak,
+        "flops": counter.flops // passes * config.gradient_accumulation_steps,
     }
 
 

@@ -7,15 +7,20 @@ back.
 """
 
 import hashlib
+import json
+import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset, Subset
 from tqdm.auto import tqdm
 
+from .account import add_accounts, hardware, multiply, peak_memory
 from .denoiser import Denoiser
-from .files import check_writable
+from .files import check_writable, write_json
+from .flops import count_work
 from .sampling import SAMPLERS
 from .shards import Rows, Shards, read_index
 
@@ -149,7 +154,7 @@ def generate_pairs(
 
     Pair i has condition i mod n and noise of its own, so the set depends neither on the number of processes nor on
     interruptions: good shards are kept; missing and corrupt ones are made (again). Samplers are deterministic, as for
-    DMD's pairs (arXiv 2311.18828).
+    DMD's pairs (arXiv 2311.18828). Each process adds what its shards cost to a file of its own, for `pairs_account`.
 
     Args:
         teacher: put into eval mode; samples on the device of its parameters.
@@ -190,9 +195,14 @@ def generate_pairs(
     _check_settings(index, batch_size, rank, world_size)
     folder = check_writable(output_dir, "output_dir")
     teacher.eval()
+    work: dict = {}
 
     def make_shard(pairs: range, bar: tqdm):
-        return _make_shard(teacher, conditions, index, pairs, batch_size, bar), {}
+        began = time.perf_counter()
+        tensors = _make_shard(teacher, conditions, index, pairs, batch_size, bar, work)
+        cost = {**multiply(work, len(pairs), work["pairs"]), "seconds": time.perf_counter() - began}
+        _add_to_account(folder / f"account_{rank}.json", cost, next(teacher.parameters()).device)
+        return tensors, {}
 
     return _shards(folder, index, "output_dir").make(make_shard, rank, world_size, progress)
 
@@ -210,16 +220,47 @@ def _check_settings(index: dict, batch_size: int, rank: int, world_size: int) ->
         raise ValueError(f"rank: got {rank} with world_size {world_size}; allowed is [0, world_size)")
 
 
+def _add_to_account(path: Path, cost: dict, device: torch.device):
+    cost |= {"peak_memory": peak_memory(device), "hardware": [hardware(device)]}
+    earlier = [json.loads(path.read_text())] if path.exists() else []
+    write_json(path, add_accounts([*earlier, cost]))
+
+
+def pairs_account(pairs_dir: str | Path) -> dict:
+    """What a set of pairs cost, see `account`: "pairs" made (more than there are, if damaged ones were made again),
+    "passes" of the teacher, "flops", "seconds", summed over processes, "peak_memory" and "hardware".
+
+    Empty if nobody kept account of all of them, as in sets of earlier versions.
+
+    Raises:
+        FileNotFoundError, ValueError: it is no folder of pairs.
+    """
+    total = add_accounts([json.loads(path.read_text()) for path in sorted(Path(pairs_dir).glob("account_*.json"))])
+    complete = total.get("pairs", 0) >= read_index(pairs_dir, "pairs_dir", MADE_BY)["num_pairs"]
+    return total if complete else {}
+
+
 def _make_shard(
-    teacher: Denoiser, conditions: torch.Tensor | Rows, index: dict, pairs: range, batch_size: int, bar: tqdm
+    teacher: Denoiser,
+    conditions: torch.Tensor | Rows,
+    index: dict,
+    pairs: range,
+    batch_size: int,
+    bar: tqdm,
+    work: dict,
 ) -> dict[str, torch.Tensor]:
+    """Makes the pairs of a shard. The first batch of all is counted, and `work` filled with what it took."""
     seeds = pair_seeds(index["seed"], pairs)
     labels = torch.arange(pairs.start, pairs.stop) % index["num_conditions"]
     sample, device = SAMPLERS[index["sampler"]], next(teacher.parameters()).device
     images = []
     for batch_seeds, batch_labels in zip(seeds.split(batch_size), labels.split(batch_size)):
         z = pair_noise(batch_seeds, index["image_shape"]).to(device)
-        x0 = sample(teacher, z, conditions[batch_labels].to(device), index["num_steps"], index["guidance_scale"])
+        cond = conditions[batch_labels].to(device)
+        with nullcontext({}) if work else count_work({"teacher": teacher.model}) as counted:
+            x0 = sample(teacher, z, cond, index["num_steps"], index["guidance_scale"])
+        if not work:
+            work.update(counted, pairs=len(z))
         images.append(x0.float().cpu())
         if not images[-1].isfinite().all():
             raise ValueError(f"teacher: made an image that is not finite, among labels {batch_labels.tolist()}")

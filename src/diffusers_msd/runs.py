@@ -7,10 +7,13 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from .account import add_accounts
 from .files import write_json
 
 
 RUN_FILE = "run.json"
+# The account of the pairs that a run uses, if it uses some.
+PAIRS_FILE = "pairs.json"
 
 
 def claim_run(output_dir: Path, settings: dict):
@@ -47,14 +50,28 @@ def _stage_folders(run: Path) -> dict[str, list[Path]]:
     }
 
 
-def training_record(run: Path) -> dict[str, float]:
-    """What training cost, over all stages and students: {"seconds", "steps"}; empty for a folder that is no run."""
-    summaries = [
-        json.loads((folder / "final" / "summary.json").read_text())
-        for folders in _stage_folders(run).values()
-        for folder in folders
-    ]
-    return {key: sum(s[key] for s in summaries) for key in ("seconds", "steps")} if summaries else {}
+def training_record(run: Path) -> dict:
+    """What training cost, see `account`; empty for a folder that is no run.
+
+    Returns:
+        The account over all stages and students ("steps", "seconds", "flops", ...), and beside it "students": {name:
+        account over its stages}, "pairs": account of the pairs they share, if any, and "flops_with_pairs". What is not
+        known, since the run is of an earlier version, is left out.
+    """
+    students = {
+        name: add_accounts([json.loads((folder / "final" / "summary.json").read_text()) for folder in folders])
+        for name, folders in _stage_folders(run).items()
+    }
+    if not students:
+        return {}
+    record = {**add_accounts(list(students.values())), "students": students}
+    parts = [record]
+    if (run / PAIRS_FILE).is_file():
+        record["pairs"] = json.loads((run / PAIRS_FILE).read_text())
+        parts.append(record["pairs"])
+    if all("flops" in part for part in parts):
+        record["flops_with_pairs"] = sum(part["flops"] for part in parts)
+    return record
 
 
 def read_logs(run: Path) -> dict[str, list[dict]]:

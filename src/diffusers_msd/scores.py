@@ -192,6 +192,11 @@ COLUMNS = {
     "parameters per student": lambda r: f"{r['parameters']:,}",
     "in total": lambda r: f"{r['parameters_total']:,}",
     "training s": lambda r: f"{r['training_seconds']:.0f}" if r["training_seconds"] else "",
+    "training TFLOP, with pairs": lambda r: (
+        f"{r['training']['flops_with_pairs'] / 1e12:,.2f}" if "flops_with_pairs" in r.get("training", {}) else ""
+    ),
+    "storage MB": lambda r: f"{r['storage_bytes'] / 1e6:.2f}" if r.get("storage_bytes") else "",
+    "ms at batch 1 (wall)": lambda r: f"{r['latency']['wall_ms']:.1f}" if "latency" in r else "",
     "images / s": lambda r: f"{r['images_per_second']:.0f}" if r["images_per_second"] else "",
 }
 

@@ -61,6 +61,12 @@ class Turn(nn.Module):
         """The trained networks by the name of their checkpoint folder; the first one is what the stage is for."""
         raise NotImplementedError
 
+    def networks(self) -> dict[str, ModelMixin]:
+        """All networks it runs, trained and frozen, by their role; what is no network (an exact denoiser) is left out."""
+        frozen = {role: [m for m in part.modules() if isinstance(m, ModelMixin)] for role, part in self.frozen.items()}
+        # The first, since a network may contain others.
+        return {**{role: models[0] for role, models in frozen.items() if models}, **self.models()}
+
     def claim(self):
         """Makes this turn's networks trainable and the others not, until another turn claims them.
 

@@ -18,6 +18,7 @@ from diffusers.training_utils import EMAModel
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from .account import StageAccount
 from .batches import load_batches
 from .checkpoint import (
     STATE_FILE,
@@ -90,6 +91,7 @@ class Trainer:
         self.seconds = 0.0
         self.window: dict[str, list[float]] = {}
         self.skipped = {turn.name: {"total": 0, "in_a_row": 0} for turn in turns}
+        self.account = StageAccount(accelerator, self.total)
         self._prepare()
 
     def _prepare(self):
@@ -140,7 +142,8 @@ class Trainer:
         """Trains to `max_train_steps`, from the checkpoint to resume from if there is one.
 
         Returns:
-            The folder `final/`, which holds each network's weights (averaged ones for the first) and `summary.json`.
+            The folder `final/`, which holds each network's weights (averaged ones for the first) and `summary.json`,
+            with the stage's `account`. Seconds, passes and arithmetic are of its turns, without validation and files.
 
         Raises:
             FloatingPointError: after `max_nonfinite_steps` updates in a row with a NaN or infinite loss or gradient.
@@ -183,14 +186,15 @@ class Trainer:
         micro_steps = self.config.gradient_accumulation_steps
         keys = (self.config.seed, self.name, turn.name, self.step)
         sums: dict[str, torch.Tensor] = {}
-        for micro, rows in enumerate(self._rows()):
-            batch = {need: self._to_device(next(iterator)) for need, iterator in batches.items()}
-            last = micro == micro_steps - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(wrapped):
-                losses = wrapped(batch, Draws(keys, self.total, rows, self.accelerator.device))
-                self.accelerator.backward(losses["loss"].mean() / micro_steps)
-            for key, value in losses.items():
-                sums[key] = sums.get(key, 0) + value.detach().mean() / micro_steps
+        with self.account.run_of(turn.name, turn.networks(), turn.needs):
+            for micro, rows in enumerate(self._rows()):
+                batch = {need: self._to_device(next(iterator)) for need, iterator in batches.items()}
+                last = micro == micro_steps - 1
+                with contextlib.nullcontext() if last else self.accelerator.no_sync(wrapped):
+                    losses = wrapped(batch, Draws(keys, self.total, rows, self.accelerator.device))
+                    self.accelerator.backward(losses["loss"].mean() / micro_steps)
+                for key, value in losses.items():
+                    sums[key] = sums.get(key, 0) + value.detach().mean() / micro_steps
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         sums["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm)
         # The only synchronisation of a turn: all its numbers at once, averaged over the processes.
@@ -308,6 +312,7 @@ class Trainer:
         }
 
     def _save_checkpoint(self):
+        account = self.account.state()
         if self.accelerator.is_main_process:
             with atomic_directory(self.output_dir / f"checkpoint-{self.step}") as folder:
                 for turn in self.turns:
@@ -322,6 +327,7 @@ class Trainer:
                     "seconds": self.seconds,
                     "window": self.window,
                     "skipped": self.skipped,
+                    "account": account,
                     "ema_step": self.ema.optimization_step if self.ema is not None else 0,
                     "schedules": {name: s.state_dict() for name, s in self.schedules.items()},
                     "settings": self._settings(),
@@ -371,9 +377,12 @@ class Trainer:
             self.ema.optimization_step = state["ema_step"]
         self.step, self.seconds = state["step"], state["seconds"]
         self.window, self.skipped = state["window"], state["skipped"]
+        if "account" in state:  # There was none in checkpoints of earlier versions.
+            self.account.go_on_from(state["account"])
 
     def _save_final(self) -> Path:
         final = self.output_dir / "final"
+        account = self.account.total({turn.name: turn.runs_before(self.step) for turn in self.turns})
         if self.accelerator.is_main_process:
             with atomic_directory(final) as folder:
                 for turn in self.turns:
@@ -388,6 +397,7 @@ class Trainer:
                         "seconds": self.seconds,
                         "skipped": self.skipped,
                         "device": str(self.accelerator.device),
+                        **account,
                     },
                 )
         self.accelerator.wait_for_everyone()
