@@ -36,6 +36,7 @@ VARIANTS = {
 }
 EXPECTED = {
     "same budget per student: the more students the better (the paper's table)": ["K5", "K2", "K1"],
+    "K=5 is better than K=1 at the same budget per student": ["K5", "K1"],
     "K=2 is better than K=1 at the same total, iterations halved": ["K2,_half_the_iterations", "K1"],
     "K=2 is better than K=1 at the same total, batch halved": ["K2,_half_the_batch", "K1"],
     "K=5 is better than K=1 at the same total": ["K5,_a_fifth_of_the_iterations", "K1"],
