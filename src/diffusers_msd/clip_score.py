@@ -27,7 +27,9 @@ class ClipScore:
 
     def __init__(self, path: str, device: torch.device | str):
         try:
-            model, info = CLIPModel.from_pretrained(path, use_safetensors=True, output_loading_info=True)
+            model, info = CLIPModel.from_pretrained(
+                path, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+            )
             self.processor = CLIPProcessor.from_pretrained(path)
         except (OSError, ValueError, SafetensorError) as error:
             raise FileNotFoundError(
