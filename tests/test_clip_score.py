@@ -16,7 +16,8 @@ CAPTIONS = ["red cat", "a very long name of a blue moon above a green boat", "su
 
 @pytest.fixture(scope="module")
 def score(tmp_path_factory):
-    return ClipScore(tiny_clip(tmp_path_factory.mktemp("clip") / "model"), "cpu")
+    # Of the first seeds one that finds all three captions alike enough for a score above 0.
+    return ClipScore(tiny_clip(tmp_path_factory.mktemp("clip") / "model", seed=8), "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def images():
 def test_torchmetrics_gives_the_same_numbers(score, images):
     pixels = ((images + 1) * 127.5).round().byte()
     ours = score(images, CAPTIONS)
-    assert len(ours.unique()) == 3 and (ours > 0).any()
+    assert len(ours.unique()) == 3 and (ours > 0).all()
     for image, caption, number in zip(pixels, CAPTIONS, ours):
         theirs = CLIPScore(model_name_or_path=lambda: (score.model, score.processor))
         assert number.item() == pytest.approx(theirs(image, caption).item(), rel=1e-5, abs=1e-5)
