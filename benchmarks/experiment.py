@@ -138,7 +138,7 @@ class Experiment:
     def summary(self, results: dict[int, dict]) -> str:
         """The table: a variant a row, means over the seeds with their standard errors."""
         header = ["variant", f"FD, seeds {' '.join(map(str, results))}", "FD", "class accuracy, %"]
-        header += ["precision", "recall", "parameters", "training s"]
+        header += ["precision", "recall", "parameters", "training TFLOP, with pairs", "training s"]
         lines = []
         for variant in self.variants:
             rows = [rows[variant] for rows in results.values()]
@@ -149,7 +149,9 @@ class Experiment:
             lines.append([variant.replace("_", " "), ", ".join(f"{value:.2f}" for value in fd)])
             lines[-1] += [f"**{mean_and_error(fd, 2)}**", mean_and_error([100 * value for value in accuracy], 2)]
             lines[-1] += [mean_and_error(precision), mean_and_error(recall)]
-            lines[-1] += [f"{parameters[0]:,}", f"{mean(seconds):.0f}"]
+            # Runs of earlier versions kept no account.
+            flops = rows[0]["training"].get("flops_with_pairs")
+            lines[-1] += [f"{parameters[0]:,}", f"{flops / 1e12:.1f}" if flops else "-", f"{mean(seconds):.0f}"]
         return table(header, lines)
 
     def verdicts(self, results: dict[int, dict]) -> str:

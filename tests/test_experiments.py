@@ -31,7 +31,7 @@ def experiment(tmp_path):
 
 def results(fd: dict[str, list[float]]) -> dict[int, dict]:
     names = ("class_accuracy", "precision", "recall", "parameters_total", "training_seconds")
-    other = dict.fromkeys(names, 1)
+    other = {**dict.fromkeys(names, 1), "training": {"flops_with_pairs": 2.5e12}}
     return {seed: {name: {"fd": values[seed], **other} for name, values in fd.items()} for seed in range(3)}
 
 
@@ -47,6 +47,7 @@ def test_table_gives_each_seed_and_the_mean_and_claims_are_judged_by_the_distanc
     measured = results({"K1": [3.0, 3.1, 3.2], "K2": [1.0, 1.2, 1.3]})
     lines = experiment.summary(measured).splitlines()
     assert lines[2].startswith("| K1 | 3.00, 3.10, 3.20 | **3.10 ± 0.06** | 100.00 ± 0.00 |")
+    assert lines[2].endswith("| 1 | 2.5 | 1 |")
     assert experiment.verdicts(measured).splitlines() == ["* two are better: **yes**", "* one is better: **no**"]
     experiment.plot(measured, experiment.root / "plot.png")
     assert (experiment.root / "plot.png").stat().st_size > 1000
