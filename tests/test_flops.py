@@ -45,7 +45,7 @@ def read(passes: str) -> dict[str, int]:
     return {WAYS[entry[-1]]: int(entry[:-1] or 1) * B for entry in passes.split()}
 
 
-def build(family: str, stage: str, lora: bool = False, guidance_scale: float | None = None):
+def build(family: str, stage: str, lora: bool = False, **weights):
     make, scheduler, cond = FAMILIES[family]
     schedule = NoiseSchedule.from_scheduler(scheduler())
     teacher = make(seed=0)
@@ -56,8 +56,8 @@ def build(family: str, stage: str, lora: bool = False, guidance_scale: float | N
     null = cond[0] if family == "text" else None
     student, fake_score = (denoiser_for(model, schedule) for model in trained)
     torch.manual_seed(0)
-    config = StageConfig(guidance_scale=guidance_scale)
-    return build_stage(stage, student, denoiser_for(teacher, schedule, null_cond=null), fake_score, cond, config)
+    teacher = denoiser_for(teacher, schedule, null_cond=null)
+    return build_stage(stage, student, teacher, fake_score, cond, StageConfig(**weights))
 
 
 def backward(turn, family: str):
@@ -124,6 +124,17 @@ def test_guidance_is_two_samples_through_the_teacher():
     with count_work(turn.networks()) as work:
         backward(turn, "text")
     assert work["passes"]["teacher"] == {"forward": 2 * B}
+
+
+def test_features_of_the_teacher_are_passes_of_the_teacher():
+    student, critic = build("class", "adm", gan_features="teacher")
+    with count_work(student.networks()) as work:
+        backward(student, "class")
+    assert work["passes"]["teacher"] == read("F E e") and work["passes"]["fake_score"] == read("F")
+    with count_work(critic.networks()) as work:
+        backward(critic, "class")
+    # Nothing before the head learns from it.
+    assert work["passes"]["teacher"] == read("2E") and work["passes"]["fake_score"] == read("F b")
 
 
 def test_arithmetic_is_that_of_a_hand_count():
