@@ -30,8 +30,8 @@ from diffusers_msd.denoiser import sample_shape
 from diffusers_msd.evaluation import dataset_features, generate, open_feature_net
 from diffusers_msd.feature_net import extract_features
 from diffusers_msd.files import atomic_write, write_json
+from diffusers_msd.metrics import frechet_distance, precision_recall
 from diffusers_msd.pairs import pair_noise, pair_seeds
-from diffusers_msd.scores import evaluate_features, part_masks
 
 
 VARIANTS = {f"K{k}": [*DIGITS, "--num_students", k] for k in (2, 5)}
@@ -65,25 +65,27 @@ class Answers:
         self.table, k = right.class_to_student, right.num_students
         self.labels = torch.arange(num_images) % len(self.table)
         z = pair_noise(pair_seeds(1_000_000, range(num_images)), sample_shape(pipe.students[0]))
-        self.answers = {}
+        self.features, self.correct = {}, {}
         for name, router in (("right", right), ("next", ClassRouter(k, (self.table + 1) % k))):
             pipe.router = router
             images, _ = generate(
                 lambda z, c: pipe(class_labels=c, latents=z, output_type="latent").images, z, self.labels, 250, "cpu"
             )
-            features, logits = extract_features(net, images)
-            self.answers[name] = {"features": features, "class_accuracy": logits.argmax(dim=1) == self.labels}
+            self.features[name], logits = extract_features(net, images)
+            self.correct[name] = logits.argmax(dim=1) == self.labels
 
-    def quality(self, wrong: torch.Tensor, real: torch.Tensor, real_labels: torch.Tensor) -> dict:
+    def quality(self, wrong: torch.Tensor, real: torch.Tensor) -> dict:
         """The metrics if the next student answers the requests in `wrong`."""
-        right, wrongly = self.answers["right"], self.answers["next"]
-        answers = {
-            "features": torch.where(wrong[:, None], wrongly["features"], right["features"]),
-            "class_accuracy": torch.where(wrong, wrongly["class_accuracy"], right["class_accuracy"]),
-            "labels": self.labels,
+        features = torch.where(wrong[:, None], self.features["next"], self.features["right"])
+        correct = torch.where(wrong, self.correct["next"], self.correct["right"])
+        precision, recall = precision_recall(real, features)
+        return {
+            "share": wrong.double().mean().item(),
+            "fd": frechet_distance(real, features),
+            "class_accuracy": correct.double().mean().item(),
+            "precision": precision,
+            "recall": recall,
         }
-        row = evaluate_features(answers, real, part_masks(self.labels, real_labels))
-        return {"share": wrong.double().mean().item(), **{name: row[name] for name in METRICS}}
 
 
 def measure(experiment: Experiment) -> list[dict]:
@@ -98,7 +100,7 @@ def measure(experiment: Experiment) -> list[dict]:
             for kind in ("requests", "classes", "boundary"):
                 for share in SHARES:
                     wrong = misrouted(kind, share, answers.labels, order, seed)
-                    quality = answers.quality(wrong, real, dataset.labels)
+                    quality = answers.quality(wrong, real)
                     entries.append({"students": variant, "kind": kind, "asked": share, "seed": seed, **quality})
     return entries
 
