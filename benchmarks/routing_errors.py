@@ -136,7 +136,6 @@ def plot(entries: list[dict], path):
         axis.set_xlabel("share of requests that the wrong student answers")
         axis.set_title(name, fontsize=10)
         axis.grid(alpha=0.3)
-    axes[0].set_yscale("log")
     axes[0].legend(fontsize=7)
     figure.savefig(path, dpi=100)
 
