@@ -250,6 +250,6 @@ def format_estimate(estimate: dict, max_train_steps: int | None = None, tflops: 
         work = estimate["flops"] / 1e12
         hours = max_train_steps * work / tflops / 3600
         lines.append(
-            f"{max_train_steps:,} iterations of {work:,.2f} TFLOP on average, at {tflops:g} TFLOP/s: {hours:,.1f} hours"
+            f"{max_train_steps:,} iterations of {work:.4g} TFLOP on average, at {tflops:g} TFLOP/s: {hours:.3g} hours"
         )
     return "\n".join(lines)
