@@ -87,12 +87,20 @@ class StageAccount:
             torch.cuda.reset_peak_memory_stats(accelerator.device)
 
     @contextmanager
-    def run_of(self, turn: str, networks: dict[str, ModelMixin], needs: tuple[str, ...]) -> Iterator[None]:
-        """To be put around the passes of a turn: its name, its networks by role, the data sets it takes batches from."""
+    def run_of(
+        self, turn: str, networks: Callable[[], dict[str, ModelMixin]], needs: tuple[str, ...]
+    ) -> Iterator[None]:
+        """To be put around the passes of a turn.
+
+        Args:
+            turn: its name.
+            networks: gives its networks by role; called at its first run only, since finding them takes a moment.
+            needs: the data sets it takes batches from.
+        """
         if turn in self.work:
             yield
             return
-        with count_work(networks) as work:
+        with count_work(networks()) as work:
             yield
         images = dict.fromkeys(needs, self.global_batch_size)
         self.work[turn] = {**multiply(work, self.accelerator.num_processes), "images_seen": images}

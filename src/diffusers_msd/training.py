@@ -186,7 +186,7 @@ class Trainer:
         micro_steps = self.config.gradient_accumulation_steps
         keys = (self.config.seed, self.name, turn.name, self.step)
         sums: dict[str, torch.Tensor] = {}
-        with self.account.run_of(turn.name, turn.networks(), turn.needs):
+        with self.account.run_of(turn.name, turn.networks, turn.needs):
             for micro, rows in enumerate(self._rows()):
                 batch = {need: self._to_device(next(iterator)) for need, iterator in batches.items()}
                 last = micro == micro_steps - 1
