@@ -14,18 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
 
-import matplotlib
+from pipeline import table
+from quickstart import FEATURES, SCRIPTS, TEACHER, run, run_recipe, script
+from verdict import mean_and_error, verdict
 
-
-matplotlib.use("agg")
-
-import matplotlib.pyplot as plt  # noqa: E402
-from pipeline import table  # noqa: E402
-from quickstart import FEATURES, SCRIPTS, TEACHER, run, run_recipe, script  # noqa: E402
-from verdict import mean_and_error, verdict  # noqa: E402
-
-from diffusers_msd.config import parse_config, run_script  # noqa: E402
-from diffusers_msd.files import atomic_write, check_writable, write_json  # noqa: E402
+from diffusers_msd.config import parse_config, run_script
+from diffusers_msd.files import atomic_write, check_writable, write_json
+from diffusers_msd.plots import subplots
 
 
 DIGITS = ["--config", SCRIPTS / "configs" / "digits_msd.yaml", "--validation_steps", 0]
@@ -120,7 +115,8 @@ class Experiment:
     def train_one(self, seed: int, variant: str):
         folder = self.folder(seed, variant)
         folder.parent.mkdir(exist_ok=True)
-        run(self.command(seed, variant), folder.with_suffix(".log"), threads=1)
+        # No with_suffix: names hold points.
+        run(self.command(seed, variant), folder.with_name(f"{variant}.log"), threads=1)
         print(f"trained: seed {seed}, {variant}", flush=True)
 
     def evaluate(self, seed: int) -> dict[str, dict]:
@@ -161,7 +157,7 @@ class Experiment:
 
     def plot(self, results: dict[int, dict], path: Path):
         """Each seed's Fréchet distance as a point, their mean as a line."""
-        figure, axis = plt.subplots(figsize=(7, 0.8 + 0.32 * len(self.variants)), layout="tight")
+        figure, axis = subplots(1, 1, (7, 0.8 + 0.32 * len(self.variants)))
         for y, variant in enumerate(self.variants):
             values = [rows[variant]["fd"] for rows in results.values()]
             axis.plot(values, [y] * len(values), "o", color="C0", markersize=4, alpha=0.6)
@@ -175,7 +171,6 @@ class Experiment:
         axis.set_xlabel("Fréchet distance, one point per seed, and their mean")
         axis.grid(axis="x", alpha=0.3)
         figure.savefig(path, dpi=100)
-        plt.close(figure)
 
 
 def run_experiment(name: str, description: str, variants: dict[str, list], expected: dict[str, list[str]]):

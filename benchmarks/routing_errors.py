@@ -16,7 +16,6 @@ every image once from the same noise, so all rows are about the same requests.
 
 from statistics import mean
 
-import matplotlib.pyplot as plt
 import torch
 from experiment import DIGITS, FEATURES, Experiment, ExperimentConfig, run_main
 from partitions import class_features
@@ -32,6 +31,7 @@ from diffusers_msd.feature_net import extract_features
 from diffusers_msd.files import atomic_write, write_json
 from diffusers_msd.metrics import frechet_distance, precision_recall
 from diffusers_msd.pairs import pair_noise, pair_seeds
+from diffusers_msd.plots import subplots
 
 
 VARIANTS = {f"K{k}": [*DIGITS, "--num_students", k] for k in (2, 5)}
@@ -124,7 +124,7 @@ def summary(entries: list[dict]) -> str:
 
 
 def plot(entries: list[dict], path):
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), layout="tight")
+    figure, axes = subplots(1, 2, (9, 3.5))
     curves = {}
     for (students, kind, _), rows in grouped(entries).items():
         curves.setdefault((students, kind), []).append([mean(row[n] for row in rows) for n in ("share", *METRICS)])

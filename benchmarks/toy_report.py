@@ -8,6 +8,8 @@ import torch
 from pipeline import table
 from verdict import mean_and_error, verdict
 
+from diffusers_msd.plots import subplots
+
 
 BIN = 0.02
 EXTENT = 0.8
@@ -89,15 +91,8 @@ def plot_students(panels: dict[str, dict[str, torch.Tensor]], path: Path, shown:
         path: of the PNG file.
         shown: samples of each cluster.
     """
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
     columns = len(next(iter(panels.values())))
-    figure, axes = plt.subplots(
-        len(panels), columns, figsize=(2.2 * columns, 2.2 * len(panels)), layout="tight", squeeze=False
-    )
+    figure, axes = subplots(len(panels), columns, (2.2 * columns, 2.2 * len(panels)), squeeze=False)
     for line, (row, samples) in zip(axes, panels.items()):
         for axis, (column, x) in zip(line, samples.items()):
             k = int(column.removeprefix("K = ")) if column.startswith("K = ") else 1
@@ -108,4 +103,3 @@ def plot_students(panels: dict[str, dict[str, torch.Tensor]], path: Path, shown:
             axis.set_title(column, fontsize=8)
         line[0].set_ylabel(row, fontsize=8)
     figure.savefig(path, dpi=80)
-    plt.close(figure)

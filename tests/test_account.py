@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffusers_msd.account import add_accounts, latency, storage_bytes
 from diffusers_msd.denoiser import denoiser_for
-from diffusers_msd.evaluation import model_cost
+from diffusers_msd.evaluation import model_row
 from diffusers_msd.memory import estimate_memory, without_data
 from diffusers_msd.pairs import PairDataset, generate_pairs, pairs_account
 from diffusers_msd.runs import PAIRS_FILE, RUN_FILE, training_record
@@ -286,17 +286,20 @@ def test_the_cost_of_a_model_goes_into_the_table(run):
     tiny_pipeline(2).save_pretrained(run)
     sizes = []
 
-    def sample(z, labels):
-        sizes.append((z.shape, labels.shape))
-        return z
+    class Model:
+        parameters, parameters_total = 1, 2
 
-    cost = model_cost(str(run), sample, (1, 8, 8), torch.device("cpu"))
+        def sample(self, z, labels):
+            sizes.append((z.shape, labels.shape))
+            return z
+
+    cost = model_row("a", str(run), Model(), (1, 8, 8), torch.device("cpu"))
     assert set(sizes) == {((1, 1, 8, 8), (1,))}
     assert cost["training_seconds"] == 8.0 and cost["training"]["flops_with_pairs"] == 333
     assert cost["storage_bytes"] == storage_bytes(run) and "threads" in cost["latency"]["hardware"]
     cost["training"]["flops_with_pairs"] = 1_234_500_000_000_000
     cost["latency"]["wall_ms"] = 12.34
-    rows = [{"model": "a", "fd": 1.5, "parameters": 1, "parameters_total": 2, "images_per_second": None, **cost}]
+    rows = [{**cost, "fd": 1.5, "images_per_second": None}]
     header, _, row = markdown_table(rows).splitlines()
     cells = dict(zip(header.split(" | "), row.split(" | ")))
     assert cells["training TFLOP, with pairs"] == "1,234.50"

@@ -32,11 +32,12 @@ from diffusers_msd.config import parse_config, run_script
 from diffusers_msd.data import DataConfig, ImageDataset, load_images
 from diffusers_msd.denoiser import denoiser_for, sample_shape
 from diffusers_msd.evaluation import (
+    UNFINISHED,
     dataset_features,
     distance_between_seeds,
     generate,
     measure_images,
-    model_cost,
+    model_row,
     named_folders,
     open_feature_net,
     open_lpips,
@@ -52,10 +53,6 @@ from diffusers_msd.sampling import sample_heun
 from diffusers_msd.schedule import NoiseSchedule
 from diffusers_msd.scores import evaluate_features, metrics_without_real, part_masks, save_results
 from diffusers_msd.teachers import load_teacher
-
-
-# Features of a run that is not finished, in the output folder.
-FEATURES = ".features"
 
 
 @dataclass
@@ -144,7 +141,7 @@ def measure_model(model: Teacher | Students, name: str, config: EvaluationConfig
         correct = {"class_accuracy": logits.argmax(dim=1) == labels} if isinstance(net, FeatureNet) else {}
         return {"features": features, "logits": logits, **correct}
 
-    folder = Path(config.output_dir) / FEATURES / name
+    folder = Path(config.output_dir) / UNFINISHED / name
     shape = sample_shape(model.model)
     return measure_images(model.sample, measure, folder, index, shape, config.sample_batch_size, state)
 
@@ -227,8 +224,7 @@ def main():
         made.append((measure_model(model, name, config, feature_net, net_name, state), masks))
         if state.is_main_process:
             samples[name] = images_of(model, spread(model.num_classes, 10), config, state.device)
-            row = {"model": name, "parameters": model.parameters, "parameters_total": model.parameters_total}
-            row |= model_cost(path, model.sample, sample_shape(model.model), state.device)
+            row = model_row(name, path, model, sample_shape(model.model), state.device)
             if lpips is not None:
                 several = images_of(model, spread(model.num_classes, config.lpips_conditions), config, state.device)
                 row["lpips"] = distance_between_seeds(several, lpips)
@@ -249,7 +245,7 @@ def main():
     classes = [f"class {c}" for c in spread(model.num_classes, 10)]
     plot_samples(samples, output_dir / "samples.png", classes)
     plot_learning_curves({name: Path(path) for name, path in models.items()}, output_dir / "learning_curves.png")
-    shutil.rmtree(output_dir / FEATURES)
+    shutil.rmtree(output_dir / UNFINISHED)
     print(table)
     print(json.dumps({"files": sorted(p.name for p in output_dir.iterdir())}))
 

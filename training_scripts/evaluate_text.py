@@ -40,9 +40,10 @@ from diffusers_msd.config import parse_config, run_script
 from diffusers_msd.data import DataConfig, as_pixels, fit_image
 from diffusers_msd.denoiser import denoiser_for, sample_shape
 from diffusers_msd.evaluation import (
+    UNFINISHED,
     distance_between_seeds,
     measure_images,
-    model_cost,
+    model_row,
     named_folders,
     open_feature_net,
     open_lpips,
@@ -57,10 +58,6 @@ from diffusers_msd.sampling import SAMPLERS
 from diffusers_msd.schedule import NoiseSchedule
 from diffusers_msd.scores import evaluate_features, metrics_without_real, part_masks, save_results
 from diffusers_msd.teachers import load_teacher
-
-
-# What was measured in a run that is not finished, in the output folder.
-FEATURES = ".features"
 
 
 @dataclass
@@ -220,7 +217,7 @@ def measure_model(model: Teacher | Students, name: str, judge: Judge, cache: Cap
         "measured_by": judge.names,
         **model.made_by,
     }
-    folder = Path(config.output_dir) / FEATURES / name
+    folder = Path(config.output_dir) / UNFINISHED / name
     return measure_images(
         model.sample, judge, folder, index, sample_shape(model.unet), config.sample_batch_size, state
     )
@@ -271,8 +268,7 @@ def main():
         made.append(measure_model(model, name, judge, cache, config, state))
         if state.is_main_process:
             samples[name] = images_of(model, shown, config, state.device)
-            row = {"model": name, "parameters": model.parameters, "parameters_total": model.parameters_total}
-            row |= model_cost(paths[name], model.sample, sample_shape(model.unet), state.device)
+            row = model_row(name, paths[name], model, sample_shape(model.unet), state.device)
             if lpips is not None:
                 several = images_of(model, spread(num_captions, config.lpips_conditions), config, state.device)
                 row["lpips"] = distance_between_seeds(several, lpips)
@@ -292,7 +288,7 @@ def main():
     )
     table = save_results(output_dir, rows, protocol, config)
     plot_samples(samples, output_dir / "samples.png", [captions[i] for i in shown])
-    shutil.rmtree(output_dir / FEATURES)
+    shutil.rmtree(output_dir / UNFINISHED)
     print(table)
 
 

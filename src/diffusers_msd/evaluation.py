@@ -5,6 +5,7 @@
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from accelerate import PartialState
@@ -21,6 +22,20 @@ from .objectives import DISTANCES
 from .pairs import pair_noise, pair_seeds
 from .runs import training_record
 from .shards import Shards
+
+
+# Folder beside the results of an evaluation: what is measured of each image, until all of it is there.
+UNFINISHED = ".features"
+
+
+class EvaluatedModel(Protocol):
+    """A teacher or a pipeline: images from noise, and how many parameters answer one call and are there in all."""
+
+    parameters: int
+    parameters_total: int
+
+    def sample(self, z: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Noise [B, C, H, W] and labels [B] on the device -> images [B, C', H', W'], about [-1, 1]."""
 
 
 def named_folders(entries: list[str]) -> dict[str, str]:
@@ -161,32 +176,32 @@ def spread(num_conditions: int, wanted: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def model_cost(
-    path: str,
-    sample: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    image_shape: tuple[int, ...],
-    device: torch.device,
-) -> dict:
-    """What a model cost, and what it costs to keep and to call; entries of its row in the results.
+def model_row(name: str, path: str, model: EvaluatedModel, image_shape: tuple[int, ...], device: torch.device) -> dict:
+    """A model's row in the results, before its quality: what it cost, and what it costs to keep and to call.
 
     Args:
-        path: its folder, or Hub id.
-        sample: noise [1, C, H, W] and labels [1] on the device -> images.
+        name: of the row.
+        path: the model's folder, or Hub id.
+        model: loaded from it.
         image_shape: of the noise, (C, H, W).
         device: of the calls.
 
     Returns:
-        "training_seconds" of all students, or None; "training", see `training_record`; "storage_bytes", or None for a
-        Hub id; "latency" of one image, see `account.latency`, with "hardware".
+        "model", "parameters" (of one call) and "parameters_total"; "training_seconds" of all students, or None;
+        "training", see `training_record`; "storage_bytes", or None for a Hub id; "latency" of one image, see
+        `account.latency`, with "hardware".
     """
     z = pair_noise(pair_seeds(0, range(1)), image_shape).to(device)
     label = torch.zeros(1, dtype=torch.long, device=device)
     record = training_record(Path(path))
     return {
+        "model": name,
+        "parameters": model.parameters,
+        "parameters_total": model.parameters_total,
         "training_seconds": record.get("seconds"),
         "training": record,
         "storage_bytes": storage_bytes(path),
-        "latency": {**latency(lambda: sample(z, label)), "hardware": hardware(device)},
+        "latency": {**latency(lambda: model.sample(z, label)), "hardware": hardware(device)},
     }
 
 

@@ -10,14 +10,18 @@ from .grids import image_grid
 from .runs import read_logs
 
 
-def _figure(*args, **kwargs):
-    import matplotlib
+def subplots(rows: int, columns: int, figsize: tuple[float, float], **kwargs):
+    """A figure and its axes, as of `matplotlib.pyplot.subplots`; needs no display, and need not be closed.
 
-    # Results are files; no display is needed.
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
+    Args:
+        rows, columns: of axes.
+        figsize: width and height in inches.
+        kwargs: of `matplotlib.figure.Figure.subplots`.
+    """
+    from matplotlib.figure import Figure
 
-    return plt.subplots(*args, **kwargs)
+    figure = Figure(figsize=figsize, layout="tight")
+    return figure, figure.subplots(rows, columns, **kwargs)
 
 
 def plot_samples(samples: dict[str, torch.Tensor], path: Path, conditions: list[str] | None = None):
@@ -35,7 +39,7 @@ def plot_samples(samples: dict[str, torch.Tensor], path: Path, conditions: list[
     widths = [grid.width for grid in grids.values()]
     # Names of 7 points take some 0.055 inches a letter.
     size = (sum(widths) / 100 + 0.2 * len(grids) + 0.3 + 0.055 * max(map(len, names)), height / 100 + 0.4)
-    figure, axes = _figure(1, len(grids), figsize=size, squeeze=False, layout="tight", width_ratios=widths)
+    figure, axes = subplots(1, len(grids), figsize=size, squeeze=False, width_ratios=widths)
     for axis, (name, grid) in zip(axes[0], grids.items()):
         axis.imshow(grid, interpolation="nearest")
         axis.set_title(name, fontsize=9)
@@ -63,7 +67,7 @@ def plot_learning_curves(runs: dict[str, Path], path: Path):
     if not curves:
         return
     panels = {"validation/fd": "Fréchet distance of the part", "critic/fake_score": "fake-score loss"}
-    figure, axes = _figure(1, len(panels), figsize=(10, 4), layout="tight")
+    figure, axes = subplots(1, len(panels), figsize=(10, 4))
     for axis, (key, title) in zip(axes, panels.items()):
         for name, points in curves.items():
             chosen = [(p["position"], p[key]) for p in points if key in p]
@@ -94,7 +98,7 @@ def plot_margins(router, embeddings: torch.Tensor, path: Path):
         raise ValueError("router: with one student there are no cuts to be near to; two or more are needed")
     part, margins = router(embeddings=embeddings), router.margins(embeddings)
     students = range(router.num_students)
-    figure, (left, right) = _figure(1, 2, figsize=(9, 3.5), layout="tight")
+    figure, (left, right) = subplots(1, 2, figsize=(9, 3.5))
     colors = [f"C{k % 10}" for k in students]
     left.hist(
         [margins[part == k].numpy() for k in students],
@@ -124,7 +128,7 @@ def plot_series(panels: dict[str, dict[str, dict[float, tuple[float, float]]]], 
         x_label: of every panel.
         path: of the PNG file.
     """
-    figure, axes = _figure(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False, layout="tight")
+    figure, axes = subplots(1, len(panels), figsize=(5 * len(panels), 4), squeeze=False)
     for axis, (title, lines) in zip(axes[0], panels.items()):
         for name, points in lines.items():
             values, errors = zip(*points.values())
