@@ -5,13 +5,13 @@ VENV := .venv
 # Installing again is needed only when what is installed has changed.
 INSTALLED := $(VENV)/.installed
 
-.PHONY: venv quickstart test slow lint experiments experiments-smoke
+.PHONY: venv quickstart test slow services lint experiments experiments-smoke
 
 venv: $(INSTALLED)
 
 $(INSTALLED): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[training,dev]'
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[training,demo,serve,docs,dev]'
 	touch $@
 
 quickstart: $(INSTALLED)
@@ -23,6 +23,10 @@ lint: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest
+
+# Demo in a browser, serving, training on several processes.
+services: $(INSTALLED)
+	$(VENV)/bin/python -m pytest -m services
 
 slow: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -m "slow and not gpu"

@@ -22,6 +22,7 @@ core = [
     "safetensors>=0.8.0",
     "torch>=2.6",
     "transformers>=5.0,<6.0",
+    "typer>=0.20",
 ]
 training = [
     "accelerate>=1.10",
@@ -48,11 +49,14 @@ setup(
     install_requires=core,
     extras_require={
         "training": training,
-        "demo": ["gradio>=6.0"],
+        "demo": ["gradio>=6.0", "matplotlib>=3.9"],
+        "ray": ["ray>=2.50"],
+        "serve": ["ray[serve]>=2.50"],
+        "docs": ["mkdocs-material>=9.6", "mkdocstrings[python]>=1.0"],
         # These two need torchvision, which has to be built for the installed torch.
         "lpips": ["lpips>=0.1.4"],
         "fid": ["torch-fidelity>=0.4.0"],
-        "dev": [*training, "pytest>=8.0", "ruff>=0.17,<0.18", "torchmetrics>=1.6"],
+        "dev": [*training, "hypothesis>=6.100", "playwright>=1.50", "pytest>=8.0", "ruff>=0.17,<0.18", "torchmetrics>=1.6"],
     },
     classifiers=[
         "Development Status :: 3 - Alpha",

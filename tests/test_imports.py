@@ -120,6 +120,8 @@ ARROWS: dict[str, set[str]] = {
         "student_slots",
         "teachers",
     },
+    # what people see
+    "image_requests": {"denoiser", "pipeline_msd", "prompts"},
     # whole runs
     "distillation": {
         "adapters",

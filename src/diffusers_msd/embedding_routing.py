@@ -172,25 +172,18 @@ class EmbeddingRouter(ConditionRouter):
 
     def __call__(self, class_labels=None, embeddings=None):
         """Routes embeddings (see [`ConditionRouter.__call__`])."""
+        return self._route(class_labels, embeddings)[0]
+
+    def margins(self, embeddings=None, class_labels=None):
+        """Euclidean distances to the nearest cut (see [`ConditionRouter.margins`]); infinite if K = 1."""
+        return self._route(class_labels, embeddings)[1]
+
+    def _route(self, class_labels, embeddings):
         if embeddings is None or class_labels is not None:
             raise ValueError(
                 f"embeddings: an EmbeddingRouter goes by them alone, got class_labels={type(class_labels).__name__}, "
                 f"embeddings={type(embeddings).__name__}."
             )
-        return self._route(embeddings)[0]
-
-    def margins(self, embeddings):
-        """How far each embedding lies from the nearest cut, beyond which another student would serve it.
-
-        Args:
-            embeddings (`torch.Tensor` of shape `[B, D]`): As for a call.
-
-        Returns:
-            `torch.DoubleTensor` of shape `[B]`: Euclidean distances, in the units of the embeddings; infinite if K = 1.
-        """
-        return self._route(embeddings)[1]
-
-    def _route(self, embeddings):
         check_matrix(embeddings, self.directions.shape[1])
         part, margin = _route([embeddings], self.num_students, self.config.kind, self.directions, self.offsets)
         return torch.from_numpy(part), torch.from_numpy(margin)
@@ -210,7 +203,7 @@ class EmbeddingRouter(ConditionRouter):
         Raises:
             TypeError, ValueError: `embeddings` as for a call; there is not one prompt for each, or `examples` < 1.
         """
-        part, margin = (column.numpy() for column in self._route(embeddings))
+        part, margin = (column.numpy() for column in self._route(None, embeddings))
         if len(prompts) != len(part) or not len(part):
             raise ValueError(f"prompts: got {len(prompts)} for {len(part)} embeddings; one for each is needed.")
         if examples < 1:

@@ -165,19 +165,33 @@ class MultiStudentPipeline(StudentSlots):
         self.check_condition(prompt, class_labels, prompt_embeds, prompt_mask)
         return self._route(*self.encode_condition(prompt, class_labels, prompt_embeds, prompt_mask))
 
+    def margins(self, prompt=None, class_labels=None, prompt_embeds=None, prompt_mask=None) -> list[float]:
+        """How far each condition is from being served by another student, B distances; arguments as for `route`.
+
+        In the units of the embeddings the router goes by; infinite where it has no cuts, as in a table of classes.
+        """
+        self._check_routed()
+        self.check_condition(prompt, class_labels, prompt_embeds, prompt_mask)
+        condition = self._routed_by(*self.encode_condition(prompt, class_labels, prompt_embeds, prompt_mask))
+        return self.router.margins(**condition).tolist()
+
     def _check_routed(self) -> None:
         if self.router is None:
             raise ValueError("router: this pipeline has none, pass student= to say which student shall run")
 
     def _route(self, condition: torch.Tensor, mask: torch.Tensor | None) -> list[int]:
+        return self.router(**self._routed_by(condition, mask)).tolist()
+
+    def _routed_by(self, condition: torch.Tensor, mask: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """What the router takes of a condition, by the name of its argument."""
         if not self.takes_prompts:
-            return self.router(class_labels=condition).tolist()
+            return {"class_labels": condition}
         if mask is None:
             if self.router.num_students > 1:
                 logger.warning("prompt_mask: not given, so padding counts as text when prompt_embeds are routed.")
             mask = torch.ones(condition.shape[:2], dtype=torch.long)
         pooling = self.router.config.get("pooling") or "mean"
-        return self.router(embeddings=pool_embeddings(condition, mask.long(), pooling)).tolist()
+        return {"embeddings": pool_embeddings(condition, mask.long(), pooling)}
 
     def check_condition(self, prompt=None, class_labels=None, prompt_embeds=None, prompt_mask=None) -> int:
         """Refuses what is not exactly one good condition for these students, before compute.

@@ -20,7 +20,8 @@ def check_prompts(prompt) -> list[str]:
 
     Raises:
         TypeError: something is not a string.
-        ValueError: there is none, or one is empty (guidance alone knows the empty prompt, students never see it).
+        ValueError: there is none, or one is empty (guidance alone knows the empty prompt, students never see it), or
+            not valid Unicode.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt) if isinstance(prompt, (list, tuple)) else None
     if prompts is None or not all(isinstance(p, str) for p in prompts):
@@ -30,6 +31,8 @@ def check_prompts(prompt) -> list[str]:
     for i, text in enumerate(prompts):
         if not text.strip():
             raise ValueError(f"prompt: number {i} is empty ({text!r}); words are needed, the router goes by them")
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise ValueError(f"prompt: number {i} is not valid Unicode, it has half of a surrogate pair ({text!r})")
     return prompts
 
 

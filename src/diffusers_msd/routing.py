@@ -42,6 +42,18 @@ class ConditionRouter(SavedComponent, ABC):
             ValueError: The argument this router goes by is absent, another is given, or a value is out of range.
         """
 
+    def margins(self, embeddings=None, class_labels=None):
+        """How far each condition lies from the nearest cut, beyond which another student would serve it.
+
+        Args:
+            embeddings, class_labels: As for a call.
+
+        Returns:
+            `torch.DoubleTensor` of shape `[B]`: Distances in the units of the embeddings; infinite where there are no
+            cuts, as in a table of classes.
+        """
+        return torch.full((len(self(class_labels, embeddings)),), torch.inf, dtype=torch.float64)
+
     def tensors(self):
         return {name: vars(self)[name] for name in self.tensor_arguments}
 
