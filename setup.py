@@ -56,7 +56,14 @@ setup(
         # These two need torchvision, which has to be built for the installed torch.
         "lpips": ["lpips>=0.1.4"],
         "fid": ["torch-fidelity>=0.4.0"],
-        "dev": [*training, "hypothesis>=6.100", "playwright>=1.50", "pytest>=8.0", "ruff>=0.17,<0.18", "torchmetrics>=1.6"],
+        "dev": [
+            *training,
+            "hypothesis>=6.100",
+            "playwright>=1.50",
+            "pytest>=8.0",
+            "ruff>=0.17,<0.18",
+            "torchmetrics>=1.6",
+        ],
     },
     classifiers=[
         "Development Status :: 3 - Alpha",
