@@ -293,7 +293,9 @@ class SafePipeline(DiffusionPipeline):
             raise ValueError(f"use_safetensors: only True is allowed, got {kwargs['use_safetensors']!r}")
         path = os.fspath(pretrained_model_name_or_path)
         if not os.path.isdir(path) and not REPO_ID.fullmatch(path):
-            raise FileNotFoundError(f"pretrained_model_name_or_path: {path} is no folder, and no id of a Hub repository")
+            raise FileNotFoundError(
+                f"pretrained_model_name_or_path: {path} is no folder, and no id of a Hub repository"
+            )
         try:
             return super().from_pretrained(path, **kwargs)
         except (FileNotFoundError, HfHubHTTPError):
