@@ -23,13 +23,14 @@ from helpers import random_prompts, tiny_pipeline, tiny_text_pipeline
 from ray import serve
 from ray.serve.schema import ServeDeploySchema
 from ray.util import list_named_actors
+from test_adapters import lora_pipeline
 
 from diffusers_msd import MultiStudentPipeline
-from diffusers_msd.image_requests import ImageRequest, make_images
-from diffusers_msd.serve import app, build_app, drain
+from diffusers_msd.image_requests import Accepted, ImageRequest, make_images
+from diffusers_msd.serve import app, build_app, drain, load_front, run, saved_students
 from diffusers_msd.serve_config import ServeConfig
 from diffusers_msd.serve_http import png
-from diffusers_msd.serve_student import Job, groups
+from diffusers_msd.serve_student import Job, arguments, groups, load_student
 
 
 pytestmark = pytest.mark.services
@@ -141,11 +142,32 @@ def test_a_batch_is_cut_where_it_has_enough_images():
     assert [[len(job.seeds) for job in group] for group in groups(jobs, 4)] == [[3, 1], [5], [1, 1], [9]]
 
 
+def test_lora_students_are_served_apart(tmp_path):
+    lora_pipeline(2).save_pretrained(tmp_path / "pipeline")
+    path, config = str(tmp_path / "pipeline"), ServeConfig()
+    whole = MultiStudentPipeline.from_pretrained(path)
+    students = saved_students(path)
+    front, accepted = load_front(path, config, tuple(students))
+    assert accepted == Accepted.by(whole) and not front.students and front.unet is None
+    for label in range(4):
+        (k,) = front.route(class_labels=[label])
+        student = load_student(path, [j for j in students if j != k], config)
+        assert list(student.students) == [k]
+        (image,) = student(student=k, **arguments([Job(label, [5])])).images
+        assert png(image) == expected(whole, label, 5)[0]
+
+
 def test_what_is_no_pipeline_is_refused_before_anything_starts(labels, tmp_path):
     with pytest.raises(FileNotFoundError, match="^path: "):
         build_app(tmp_path / "nothing", ServeConfig())
     with pytest.raises(ValueError, match="^replicas: one number, or 2"):
         app({"path": str(labels[0]), "replicas": [1, 2, 3]})
+    with pytest.raises(ValueError, match="^api_key_variable: NOT_SET_ANYWHERE is not set"):
+        run(labels[0], ServeConfig(api_key_variable="NOT_SET_ANYWHERE"), port=free_port())
+    with socket.create_server(("127.0.0.1", 0)) as other, pytest.raises(ValueError, match="^host, port: "):
+        run(labels[0], ServeConfig(), port=other.getsockname()[1])
+    with pytest.raises(ValueError, match="^host, port: "):
+        run(labels[0], ServeConfig(), port=70000)
 
 
 def test_the_file_of_the_recipe_is_one_of_ray_and_builds_an_application(labels):

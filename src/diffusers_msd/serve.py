@@ -11,6 +11,7 @@ Load on one part of the conditions is load on one deployment, which has replicas
 import asyncio
 import os
 import signal
+import socket
 import threading
 import time
 from pathlib import Path
@@ -219,6 +220,14 @@ def drain(name: str = APPLICATION) -> None:
     serve.delete(name)
 
 
+def check_port(host: str, port: int) -> None:
+    """Refuses what cannot be listened at; Ray Serve would start and not be reached."""
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"host, port: {host}:{port} cannot be listened at: {error}") from error
+
+
 def run(
     path: str | Path,
     config: ServeConfig,
@@ -237,13 +246,15 @@ def run(
         metrics_port: where a Ray started here exports metrics, in the form of Prometheus; None lets it choose.
 
     Raises:
-        FileNotFoundError, ValueError: as `build_app`.
+        FileNotFoundError, ValueError: as `build_app`; or the port cannot be had, or there is no API key.
     """
     application = build_app(path, config)
-    if config.api_key_variable is not None:
+    check_port(host, port)
+    options = {}
+    if address == "local":
         read_api_key(config.api_key_variable)
-    local = {"include_dashboard": False, "_metrics_export_port": metrics_port} if address == "local" else {}
-    ray.init(address, **local)
+        options = {"include_dashboard": False, "_metrics_export_port": metrics_port}
+    ray.init(address, **options)
     interrupted = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: interrupted.set())

@@ -41,10 +41,7 @@ class StudentReplica:
     """
 
     def __init__(self, path: str, k: int, others: list[int], config: ServeConfig):
-        left_out = ["text_encoder", "tokenizer", *(SLOTS[j] for j in others)]
-        pipe = MultiStudentPipeline.from_pretrained(path, dtype=DTYPES[config.dtype], **dict.fromkeys(left_out))
-        self.pipe, self.k = pipe.to("cuda" if config.num_gpus else "cpu"), k
-        self.pipe.set_progress_bar_config(disable=True)
+        self.pipe, self.k = load_student(path, others, config), k
         self.max_batch_size = config.max_batch_size
         self.answer.set_max_batch_size(config.max_batch_size)
         self.answer.set_batch_wait_timeout_s(config.batch_wait)
@@ -73,6 +70,14 @@ class StudentReplica:
         seconds = time.perf_counter() - start
         count = sum(len(job.seeds) for job in jobs)
         return [([png(next(images)) for _ in job.seeds], seconds, count) for job in jobs]
+
+
+def load_student(path: str, others: list[int], config: ServeConfig) -> MultiStudentPipeline:
+    """The pipeline without other students and without what reads prompts; arguments as for `StudentReplica`."""
+    left_out = ["text_encoder", "tokenizer", *(SLOTS[j] for j in others)]
+    pipe = MultiStudentPipeline.from_pretrained(path, dtype=DTYPES[config.dtype], **dict.fromkeys(left_out))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to("cuda" if config.num_gpus else "cpu")
 
 
 def groups(jobs: list[Job], most: int) -> Iterator[list[Job]]:
