@@ -22,7 +22,7 @@ def on_page_markdown(markdown: str, page, **kwargs) -> str:
 
 
 # The type of an argument, "x (`torch.Tensor` of shape `[B]`, *optional*): ...", or of what is returned, "`int`: ...".
-TYPE = re.compile(r"^( +\w+ )\((`.+)\)(?=: )|(?<=Returns:\n)( +)(`.+)(?=: )", re.M)
+TYPE = re.compile(r"^( +\w+ )\((.*`.+)\)(?=: )|(?<=Returns:\n)( +)(`.+)(?=: )", re.M)
 
 
 class DiffusersMarks(griffe.Extension):
