@@ -141,7 +141,11 @@ class RoutingMap:
 
     def _name_points(self, axis):
         # Words beside the points, numbers inside.
-        style = {"xytext": (4, 4)} if self.pipe.takes_prompts else {"ha": "center", "va": "center", "color": "white"}
+        style = (
+            {"xytext": (4, 4)}
+            if self.pipe.takes_prompts
+            else {"xytext": (0, 0), "ha": "center", "va": "center", "color": "white"}
+        )
         for condition, point in zip(self.conditions, self.points):
             text = textwrap.shorten(str(condition), 24, placeholder="...")
             # Dollars in a prompt are no formula.
