@@ -2,10 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ranges are what the code needs; `constraints.txt` holds the versions it is tested with."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+
+here = Path(__file__).parent
 
 # Where the lower bounds come from:
 #   diffusers 0.42    `dtype=` in from_pretrained, and the table of loadable classes that `hub.py` enters itself in
@@ -22,7 +25,6 @@ core = [
     "safetensors>=0.8.0",
     "torch>=2.6",
     "transformers>=5.0,<6.0",
-    "typer>=0.20",
 ]
 training = [
     "accelerate>=1.10",
@@ -37,14 +39,15 @@ training = [
 
 setup(
     name="diffusers_msd",
-    version="0.1.0.dev0",
+    version=re.search(r'__version__ = "(.+)"', (here / "src/diffusers_msd/__init__.py").read_text())[1],
     description="Multi-student distillation of diffusion models into one-step generators, as a diffusers pipeline",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     author="The diffusers_msd authors",
     license="Apache-2.0",
     package_dir={"": "src"},
     packages=find_packages("src"),
+    entry_points={"console_scripts": ["diffusers-msd = diffusers_msd.cli:main"]},
     python_requires=">=3.11",
     install_requires=core,
     extras_require={
@@ -56,7 +59,14 @@ setup(
         # These two need torchvision, which has to be built for the installed torch.
         "lpips": ["lpips>=0.1.4"],
         "fid": ["torch-fidelity>=0.4.0"],
-        "dev": [*training, "hypothesis>=6.100", "playwright>=1.50", "pytest>=8.0", "ruff>=0.17,<0.18", "torchmetrics>=1.6"],
+        "dev": [
+            *training,
+            "hypothesis>=6.100",
+            "playwright>=1.50",
+            "pytest>=8.0",
+            "ruff>=0.17,<0.18",
+            "torchmetrics>=1.6",
+        ],
     },
     classifiers=[
         "Development Status :: 3 - Alpha",

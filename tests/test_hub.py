@@ -163,7 +163,7 @@ def test_missing_or_truncated_files_are_named(tmp_path):
     tiny_pipeline(2).save_pretrained(tmp_path / "p")
     with pytest.raises(FileNotFoundError, match="pretrained_model_name_or_path.*model_index.json"):
         MultiStudentPipeline.from_pretrained(tmp_path / "p/router")
-    with pytest.raises(ValueError, match="nowhere"):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
         MultiStudentPipeline.from_pretrained(tmp_path / "nowhere")
     weights = tmp_path / "p/unet_1" / WEIGHTS
     weights.write_bytes(weights.read_bytes()[:-100])

@@ -27,6 +27,9 @@ from .routing import ClassRouter, ConditionRouter
 
 logger = logging.get_logger(__name__)
 
+# `owner/name`.
+REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
 # A card with this line is ours to rewrite at the next save; one without it was written by somebody and is kept.
 CARD_MARK = "<!-- Written by diffusers_msd at each save. Remove this line to keep your own text. -->"
 
@@ -202,7 +205,7 @@ def model_card(pipe: DiffusionPipeline, name: str) -> ModelCard:
         students="\n".join(rows),
         parameters=total,
         router=type(pipe.router).__name__,
-        parts=_parts(pipe.router),
+        parts=describe_parts(pipe.router),
         details=f"\n{pipe.model_card_details.strip()}\n" if pipe.model_card_details else "",
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
@@ -212,7 +215,8 @@ def _example_label(router: ConditionRouter, k: int) -> int:
     return int(router.classes(k)[0]) if isinstance(router, ClassRouter) else 0
 
 
-def _parts(router: ConditionRouter) -> str:
+def describe_parts(router: ConditionRouter) -> str:
+    """The parts of a router in words, a line each."""
     if isinstance(router, ClassRouter):
         return router.report()
     if not isinstance(router, EmbeddingRouter):
@@ -288,6 +292,10 @@ class SafePipeline(DiffusionPipeline):
         if kwargs.setdefault("use_safetensors", True) is not True:
             raise ValueError(f"use_safetensors: only True is allowed, got {kwargs['use_safetensors']!r}")
         path = os.fspath(pretrained_model_name_or_path)
+        if not os.path.isdir(path) and not REPO_ID.fullmatch(path):
+            raise FileNotFoundError(
+                f"pretrained_model_name_or_path: {path} is no folder, and no id of a Hub repository"
+            )
         try:
             return super().from_pretrained(path, **kwargs)
         except (FileNotFoundError, HfHubHTTPError):

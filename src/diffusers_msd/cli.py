@@ -1,0 +1,170 @@
+# Copyright 2026 The diffusers_msd authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The command `diffusers-msd`: each subcommand reads its arguments and calls a public function.
+
+Exit status: 0 done, 2 bad input or a file that is not there (one line on stderr), 130 interrupted.
+"""
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from . import __version__
+from .config import run_script
+from .files import check_writable
+from .grids import save_grid
+from .image_requests import Accepted, condition_arguments, make_images
+from .pipeline_info import describe, pipeline_info
+from .pipeline_msd import MultiStudentPipeline
+
+
+# Where the scripts lie in a clone that was installed with `pip install -e`.
+SCRIPTS = Path(__file__).parents[2] / "training_scripts"
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        """Instead of argparse's lines of usage."""
+        raise ValueError(f"{message}; `{self.prog} --help` lists the arguments")
+
+
+def open_pipeline(arguments: argparse.Namespace) -> MultiStudentPipeline:
+    dtype = vars(torch)[arguments.dtype]
+    pipe = MultiStudentPipeline.from_pretrained(arguments.pipeline, dtype=dtype).to(arguments.device)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def read_conditions(pipe: MultiStudentPipeline, texts: list[str], accepted: Accepted) -> list:
+    """Command-line words as prompts or class labels."""
+    if pipe.takes_prompts:
+        return [accepted.condition(prompt=text) for text in texts]
+    if bad := [text for text in texts if not (text.isascii() and text.isdigit() and len(text) < 20)]:
+        raise ValueError(f"conditions: this pipeline goes by class labels, whole numbers, got {bad[0][:40]!r}")
+    return [accepted.condition(class_label=int(text)) for text in texts]
+
+
+def generate(arguments: argparse.Namespace):
+    """Makes images of each condition; --output x.png is one picture with a row for each, a folder gets single files."""
+    output = Path(arguments.output)
+    as_grid = output.suffix.lower() == ".png"
+    folder = check_writable(output.parent if as_grid else output, "output")
+    pipe = open_pipeline(arguments)
+    accepted = Accepted.by(pipe, max_images=10_000)
+    name = "prompt" if pipe.takes_prompts else "class_label"
+    requests = [
+        accepted.read(
+            **{name: condition}, seed=arguments.seed, num_images=arguments.num_images, student=arguments.student
+        )
+        for condition in read_conditions(pipe, arguments.conditions, accepted)
+    ]
+    outputs = [make_images(pipe, request, "pt" if as_grid else "pil") for request in requests]
+    if as_grid:
+        save_grid(torch.cat([made.images for made in outputs]).mul(2).sub(1), arguments.num_images, output)
+        print(output)
+        return
+    for row, (request, made) in enumerate(zip(requests, outputs)):
+        for seed, student, image in zip(request.seeds, made.student_indices, made.images):
+            # No word of the prompt: it could be a path.
+            path = folder / f"{row:03d}_seed_{seed}_student_{student}.png"
+            image.save(path)
+            print(path)
+
+
+def route(arguments: argparse.Namespace):
+    """Says which student answers each condition, and how far the next one is (the margin)."""
+    pipe = open_pipeline(arguments)
+    conditions = read_conditions(pipe, arguments.conditions, Accepted.by(pipe))
+    asked = condition_arguments(pipe, conditions)
+    rows = list(zip(conditions, pipe.route(**asked), pipe.margins(**asked)))
+    if arguments.json:
+        # JSON knows no infinity.
+        names = ("condition", "student", "margin")
+        print(json.dumps([dict(zip(names, (*row[:2], row[2] if math.isfinite(row[2]) else None))) for row in rows]))
+        return
+    print("student    margin  condition")
+    for condition, student, margin in rows:
+        print(f"{student:7d}  {margin if math.isfinite(margin) else '-':>8.4}  {condition}")
+
+
+def info(arguments: argparse.Namespace):
+    """Shows students, sizes, the router's parts and what training cost."""
+    found = pipeline_info(arguments.pipeline)
+    print(json.dumps(found, indent=2) if arguments.json else describe(found))
+
+
+def quickstart(arguments: argparse.Namespace):
+    """Distils the shipped teacher of digits in minutes; needs a clone of the repository."""
+    script = SCRIPTS / "quickstart.py"
+    if not script.is_file():
+        raise FileNotFoundError(
+            "quickstart: the training scripts are not in the installed package; clone the repository, and there "
+            "`pip install -e '.[training]'`"
+        )
+    sys.exit(subprocess.run([sys.executable, str(script), "--output_dir", arguments.output_dir]).returncode)
+
+
+def add_pipeline(parser: argparse.ArgumentParser):
+    parser.add_argument("pipeline", help="folder or Hub id of a MultiStudentPipeline")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help="of the networks (default: %(default)s)")
+    types = ["float32", "float16", "bfloat16"]
+    parser.add_argument("--dtype", default="float32", choices=types, help="of the networks (default: %(default)s)")
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        "diffusers-msd", description="One-step students of a diffusion teacher: generate, look, publish, serve."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="command", title="commands")
+
+    def add(function, **kwargs) -> argparse.ArgumentParser:
+        lines = function.__doc__.splitlines()
+        command = commands.add_parser(function.__name__, help=lines[0], description=function.__doc__, **kwargs)
+        command.set_defaults(run=function)
+        return command
+
+    command = add(quickstart)
+    command.add_argument(
+        "--output_dir", default="runs/quickstart", help="folder of all it makes (default: %(default)s)"
+    )
+
+    command = add(generate)
+    add_pipeline(command)
+    command.add_argument("conditions", nargs="+", help="prompts, or class labels")
+    command.add_argument("--seed", type=int, default=0, help="of the first image of each condition (default: 0)")
+    command.add_argument(
+        "--num_images", type=int, default=1, help="of each condition, from consecutive seeds (default: 1)"
+    )
+    command.add_argument("--student", type=int, help="that makes them all, whatever the router says")
+    command.add_argument("--output", default="images", help="a folder, or a .png for one grid (default: %(default)s)")
+
+    command = add(route)
+    add_pipeline(command)
+    command.add_argument("conditions", nargs="+", help="prompts, or class labels")
+    command.add_argument("--json", action="store_true", help="print JSON")
+
+    command = add(info)
+    command.add_argument("pipeline", help="folder or Hub id of a MultiStudentPipeline")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def main(argv: list[str] | None = None):
+    """Runs `diffusers-msd` with the given arguments, `sys.argv[1:]` if None."""
+
+    def run():
+        arguments = build_parser().parse_args(argv)
+        arguments.run(arguments)
+
+    run_script(run)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+# Copyright 2026 The diffusers_msd authors.
+# SPDX-License-Identifier: Apache-2.0
+"""What a saved pipeline is: its students, its router's parts, what its training cost."""
+
+from pathlib import Path
+
+from .account import storage_bytes
+from .denoiser import num_classes
+from .hub import describe_parts
+from .pipeline_msd import MultiStudentPipeline
+from .runs import training_record
+
+
+def pipeline_info(path: str) -> dict:
+    """Loads a pipeline and says what it is.
+
+    Args:
+        path: its folder, or Hub id.
+
+    Returns:
+        "pipeline", "students" ({name: parameters}), "family" (class of the networks), "conditions" ("prompts", or "N
+        classes"), "timesteps", "image_shape" (C, H, W of the samples), "router" (class and parts in words),
+        "parameters" (of one call), "parameters_total", "storage_bytes" (None for a Hub id), "training" (see
+        `training_record`; empty if the folder is no run).
+
+    Raises:
+        FileNotFoundError, ValueError: as for `MultiStudentPipeline.from_pretrained`.
+    """
+    pipe = MultiStudentPipeline.from_pretrained(path)
+    first = next(iter(pipe.students.values()))
+    parameters, total = pipe.count_parameters()
+    return {
+        "pipeline": path,
+        "students": {f"unet_{k}": vars(pipe)[f"unet_{k}"].num_parameters() for k in pipe.students},
+        "family": type(first).__name__,
+        "conditions": "prompts" if pipe.takes_prompts else f"{num_classes(first)} classes",
+        "timesteps": pipe.timesteps,
+        "image_shape": list(pipe.latent_shape()),
+        "router": {"class": type(pipe.router).__name__, "parts": describe_parts(pipe.router).splitlines()},
+        "parameters": parameters,
+        "parameters_total": total,
+        "storage_bytes": storage_bytes(path),
+        "training": training_record(Path(path)),
+    }
+
+
+def describe(info: dict) -> str:
+    """`pipeline_info` as text for a terminal."""
+    disk = f", {info['storage_bytes'] / 1e6:,.1f} MB on disk" if info["storage_bytes"] else ""
+    shape = " x ".join(map(str, info["image_shape"]))
+    lines = [
+        f"{info['pipeline']}: {len(info['students'])} students ({info['family']}) for {info['conditions']}",
+        f"  samples     {shape}, in {len(info['timesteps'])} step(s)",
+        f"  parameters  {info['parameters']:,} of one call, {info['parameters_total']:,} in all{disk}",
+        *(f"    {name}  {count:,}" for name, count in info["students"].items()),
+        f"  router      {info['router']['class']}",
+        *(f"    {line}" for line in info["router"]["parts"]),
+        f"  training    {_describe_training(info['training'])}",
+    ]
+    return "\n".join(lines)
+
+
+def _describe_training(record: dict) -> str:
+    if not record:
+        return "not recorded in this folder"
+    parts = [f"{record['steps']:,} iterations, {record['seconds']:,.0f} s over all students"]
+    if "flops" in record:
+        parts.append(f"{record['flops'] / 1e12:,.1f} TFLOP")
+    return ", ".join(parts + record.get("hardware", []))
