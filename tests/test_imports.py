@@ -123,7 +123,17 @@ ARROWS: dict[str, set[str]] = {
     # what people see
     "image_requests": {"denoiser", "pipeline_msd", "prompts"},
     "pipeline_info": {"account", "denoiser", "hub", "pipeline_msd", "runs"},
-    "cli": {"__init__", "config", "files", "grids", "image_requests", "pipeline_info", "pipeline_msd"},
+    "cli": {
+        "__init__",
+        "app",
+        "config",
+        "files",
+        "grids",
+        "image_requests",
+        "many_steps",
+        "pipeline_info",
+        "pipeline_msd",
+    },
     # whole runs
     "distillation": {
         "adapters",

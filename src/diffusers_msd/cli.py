@@ -98,6 +98,19 @@ def info(arguments: argparse.Namespace):
     print(json.dumps(found, indent=2) if arguments.json else describe(found))
 
 
+def demo(arguments: argparse.Namespace):
+    """Opens a page in the browser: images, who made them, the map of all parts. Needs the extra `demo`."""
+    # Gradio is an extra.
+    from . import app
+    from .many_steps import ManyStepTeacher
+
+    arguments.pipeline = arguments.pipeline or app.quickstart_pipeline()
+    prompts = None if arguments.prompts is None else app.read_prompts(arguments.prompts)
+    pipe = open_pipeline(arguments)
+    teacher = None if arguments.teacher is None else ManyStepTeacher(arguments.teacher, pipe)
+    app.launch(pipe, prompts, teacher, host=arguments.host, port=arguments.port, share=arguments.share)
+
+
 def quickstart(arguments: argparse.Namespace):
     """Distils the shipped teacher of digits in minutes; needs a clone of the repository."""
     script = SCRIPTS / "quickstart.py"
@@ -109,8 +122,8 @@ def quickstart(arguments: argparse.Namespace):
     sys.exit(subprocess.run([sys.executable, str(script), "--output_dir", arguments.output_dir]).returncode)
 
 
-def add_pipeline(parser: argparse.ArgumentParser):
-    parser.add_argument("pipeline", help="folder or Hub id of a MultiStudentPipeline")
+def add_pipeline(parser: argparse.ArgumentParser, **kwargs):
+    parser.add_argument("pipeline", help="folder or Hub id of a MultiStudentPipeline", **kwargs)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device, help="of the networks (default: %(default)s)")
     types = ["float32", "float16", "bfloat16"]
@@ -153,6 +166,14 @@ def build_parser() -> Parser:
     command = add(info)
     command.add_argument("pipeline", help="folder or Hub id of a MultiStudentPipeline")
     command.add_argument("--json", action="store_true", help="print JSON")
+
+    command = add(demo)
+    add_pipeline(command, nargs="?")
+    command.add_argument("--prompts", help="text file with a prompt a line, for the map and as examples")
+    command.add_argument("--teacher", help="folder or Hub id of the teacher, to compare with")
+    command.add_argument("--host", help="address to listen at (default: 127.0.0.1, this machine alone)")
+    command.add_argument("--port", type=int, help="default: the first free one from 7860 on")
+    command.add_argument("--share", action="store_true", help="make a public link, over Gradio's servers")
     return parser
 
 
