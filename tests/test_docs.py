@@ -5,6 +5,7 @@
 import ast
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -70,7 +71,10 @@ def test_code_blocks_parse(page):
 @pytest.mark.services
 def test_the_site_builds_without_a_warning(tmp_path):
     built = subprocess.run(
-        ["mkdocs", "build", "--strict", "--site-dir", tmp_path], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert built.returncode == 0, built.stderr
     page = (tmp_path / "api/routers/index.html").read_text()
