@@ -58,6 +58,13 @@ class Site:
     def name_file(self) -> Path:
         return self.output_dir / ".driver"
 
+    def is_current(self) -> bool:
+        """Whether this driver is at work and no later one, as this node sees it."""
+        try:
+            return self.name_file.read_text() == self.name
+        except FileNotFoundError:
+            return False
+
     def check(self):
         """Refuses a node that does not see the driver's folders.
 
@@ -65,7 +72,7 @@ class Site:
             ValueError: naming the node and the folder.
         """
         host = os.uname().nodename
-        if not self.name_file.is_file() or self.name_file.read_text() != self.name:
+        if not self.is_current():
             raise ValueError(f"output_dir: {self.output_dir} on {host} is not the driver's; a shared disk is needed")
         if not self.working_dir.is_dir():
             raise ValueError(
@@ -87,7 +94,10 @@ def only_driver(output_dir: Path) -> Iterator[Site]:
     try:
         with FileLock(output_dir / ".driver.lock", timeout=0):
             atomic_write(site.name_file, site.name)
-            yield site
+            try:
+                yield site
+            finally:
+                site.name_file.unlink(missing_ok=True)
     except Timeout as error:
         raise ValueError(
             f"output_dir: another train_students_ray.py works in {output_dir}; wait for its end"
@@ -133,6 +143,8 @@ def _check_run(site: Site, configs: tuple):
 def _run_script(site: Site, command: list[str], log: Path):
     """Runs a script with its output at the end of a log file, in the environment of the node.
 
+    It is told to stop when the driver says so, or has a successor.
+
     Raises:
         ChildProcessError: it ended with another status than 0.
         ValueError: this node does not see the driver's folders.
@@ -148,9 +160,8 @@ def _run_script(site: Site, command: list[str], log: Path):
             cwd=site.working_dir,
         )
         try:
-            # In short sleeps: ray.cancel does not interrupt a system call.
-            while process.poll() is None:
-                time.sleep(0.2)
+            while process.poll() is None and site.is_current():
+                time.sleep(0.5)
         finally:
             process.stdin.close()
             process.wait()
@@ -167,14 +178,6 @@ def _result(job: ray.ObjectRef, timeout: float | None = None):
     except (WorkerCrashedError, NodeDiedError) as error:
         # Ray's text is a page of possible causes.
         raise ChildProcessError(f"its process or node was lost ({type(error).__name__})") from None
-
-
-def _stop(jobs: list[ray.ObjectRef]):
-    """Ends jobs; students write a checkpoint before."""
-    for job in jobs:
-        ray.cancel(job)
-    if jobs:
-        ray.wait(jobs, num_returns=len(jobs), timeout=GRACE + 10)
 
 
 class Fleet:
@@ -215,7 +218,7 @@ class Fleet:
 
     def check_run(self, configs: tuple):
         """Raises what `train_msd.py` refuses before it trains, found out on a node."""
-        self._wait(_check_run.options(**self.options).remote(self.site, configs))
+        _result(_check_run.options(**self.options).remote(self.site, configs))
 
     def run(self, command: list[str], log: Path):
         """Runs a script as a job.
@@ -223,20 +226,24 @@ class Fleet:
         Raises:
             ChildProcessError: it failed; the end of its log is shown.
         """
+        job = self._start(command, log)
         try:
-            self._wait(self._start(command, log))
+            _result(job)
         except ChildProcessError as error:
             show_end(log)
             raise ChildProcessError(f"{Path(command[0]).name}: {error}; its output is in {log}") from None
+        except (KeyboardInterrupt, SystemExit):
+            self._stop([job])
+            raise
 
     def _start(self, command: list[str], log: Path) -> ray.ObjectRef:
         return _run_script.options(**self.options).remote(self.site, command, log)
 
-    def _wait(self, job: ray.ObjectRef):
-        try:
-            _result(job)
-        finally:
-            _stop([job])
+    def _stop(self, jobs: list[ray.ObjectRef]):
+        """Ends all jobs and waits for them; students write a checkpoint before."""
+        # Not by ray.cancel (2.60), which aborts the driver if a job ends at the same moment.
+        self.site.name_file.unlink()
+        ray.wait(jobs, num_returns=len(jobs), timeout=GRACE + 10)
 
     def train_students(self, command: list[str], view: View, max_restarts: int):
         """Trains all students to their ends, at the same time as far as the cluster has room.
@@ -277,7 +284,8 @@ class Fleet:
                 view.update()
         finally:
             view.close()
-            _stop(list(jobs))
+            if jobs:
+                self._stop(list(jobs))
         for k in failed:
             show_end(logs[k])
         if failed:

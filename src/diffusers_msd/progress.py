@@ -52,8 +52,9 @@ def progress_of(folder: Path, stages: list[str], steps: list[int]) -> Progress:
 
 def show_end(log: Path, lines: int = 15):
     """Prints the end of a log to stderr, without what progress bars have overwritten."""
-    text = log.read_text(errors="replace") if log.is_file() else ""
-    last = [line.rpartition("\r")[2] for line in text.splitlines()[-lines:]]
+    # As bytes: as text, the "\r" of bars would count as ends of lines.
+    text = log.read_bytes().decode(errors="replace").rstrip() if log.is_file() else ""
+    last = [line.rpartition("\r")[2] for line in text.split("\n")[-lines:]]
     print(f"--- the end of {log}", *last, "---", sep="\n", file=sys.stderr)
 
 
