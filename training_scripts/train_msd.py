@@ -23,10 +23,11 @@ from diffusers_msd.students import StudentConfig
 from diffusers_msd.training_config import TrainingConfig
 
 
+CONFIGS = [MSDConfig, ConditionConfig, StudentConfig, AdapterConfig, DataConfig, StageConfig, TrainingConfig]
+
+
 def main():
-    config, condition, student, adapter, data, stage, training = parse_config(
-        [MSDConfig, ConditionConfig, StudentConfig, AdapterConfig, DataConfig, StageConfig, TrainingConfig], __doc__
-    )
+    config, condition, student, adapter, data, stage, training = parse_config(CONFIGS, __doc__)
     if config.push_to_hub and training.report_to == "wandb" and config.hub_token:
         raise ValueError("hub_token: with --report_to wandb it would be uploaded; use `hf auth login` instead")
     if config.dry_run:

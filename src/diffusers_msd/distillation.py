@@ -2,12 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """One run of multi-student distillation: what K students share, and the stages of each."""
 
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 from diffusers import ModelMixin
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from .adapters import AdapterConfig, LoraStudent, lora_network
 from .checkpoint import load_weights
@@ -30,6 +31,10 @@ from .teachers import load_teacher
 from .training import Trainer
 from .training_config import TrainingConfig, autocast_dtype, create_accelerator
 from .validation import Validation
+
+
+# Seconds to wait for a job that trains the same student: one that was stopped may still write its checkpoint.
+STOPPING = 180
 
 
 @dataclass
@@ -222,7 +227,23 @@ class Run:
         return denoiser_for(model, self.schedule, null_cond=self.conditions.null, autocast_dtype=self.dtype).eval()
 
     def train_student(self, k: int):
-        """Runs the stages of student k, each from the weights of the one before."""
+        """Runs the stages of student k, each from the weights of the one before.
+
+        Raises:
+            ValueError: another process trains this student in the same folder, and has not ended in `STOPPING` seconds.
+        """
+        path = self.output_dir / f"student_{k}.lock"
+        alone = FileLock(path, timeout=STOPPING) if self.accelerator.is_main_process else nullcontext()
+        try:
+            with alone:
+                self._run_stages(k)
+        except Timeout as error:
+            raise ValueError(
+                f"output_dir: another process trains student {k} in {self.output_dir}; wait for its end, or use "
+                "another folder"
+            ) from error
+
+    def _run_stages(self, k: int):
         count = len(self.config.stages)
         seed = self.training.seed
         previous: Path | None = None
