@@ -124,6 +124,18 @@ ARROWS: dict[str, set[str]] = {
     },
     # what people see
     "image_requests": {"denoiser", "pipeline_msd", "prompts"},
+    "serve_config": set(),
+    "serve_http": {"image_requests"},
+    "serve_student": {"pipeline_inputs", "pipeline_msd", "serve_config", "serve_http"},
+    "serve": {
+        "denoiser",
+        "image_requests",
+        "pipeline_inputs",
+        "pipeline_msd",
+        "serve_config",
+        "serve_http",
+        "serve_student",
+    },
     "pipeline_info": {"account", "denoiser", "hub", "pipeline_msd", "runs"},
     "cli": {
         "__init__",
