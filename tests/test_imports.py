@@ -147,6 +147,8 @@ ARROWS: dict[str, set[str]] = {
         "many_steps",
         "pipeline_info",
         "pipeline_msd",
+        "serve",
+        "serve_config",
     },
     # whole runs
     "distillation": {

@@ -6,6 +6,7 @@ Exit status: 0 done, 2 bad input or a file that is not there (one line on stderr
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import subprocess
@@ -13,6 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
+from transformers import HfArgumentParser
 
 from . import __version__
 from .config import run_script
@@ -21,6 +23,7 @@ from .grids import save_grid
 from .image_requests import Accepted, condition_arguments, make_images
 from .pipeline_info import describe, pipeline_info
 from .pipeline_msd import MultiStudentPipeline
+from .serve_config import ServeConfig
 
 
 # Where the scripts lie in a clone that was installed with `pip install -e`.
@@ -111,6 +114,15 @@ def demo(arguments: argparse.Namespace):
     app.launch(pipe, prompts, teacher, host=arguments.host, port=arguments.port, share=arguments.share)
 
 
+def serve(arguments: argparse.Namespace):
+    """Serves a pipeline over HTTP with Ray, each student with replicas of its own. Needs the extra `serve`."""
+    # Ray is an extra.
+    from .serve import run
+
+    config = ServeConfig(**{field.name: vars(arguments)[field.name] for field in dataclasses.fields(ServeConfig)})
+    run(arguments.pipeline, config, arguments.host, arguments.port, arguments.address, arguments.metrics_port)
+
+
 def quickstart(arguments: argparse.Namespace):
     """Distils the shipped teacher of digits in minutes; needs a clone of the repository."""
     script = SCRIPTS / "quickstart.py"
@@ -174,6 +186,13 @@ def build_parser() -> Parser:
     command.add_argument("--host", help="address to listen at (default: 127.0.0.1, this machine alone)")
     command.add_argument("--port", type=int, help="default: the first free one from 7860 on")
     command.add_argument("--share", action="store_true", help="make a public link, over Gradio's servers")
+
+    command = add(serve, parents=[HfArgumentParser(ServeConfig, add_help=False)])
+    command.add_argument("pipeline", help="folder or Hub id of a MultiStudentPipeline")
+    command.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine alone)")
+    command.add_argument("--port", type=int, default=8000, help="default: %(default)s")
+    command.add_argument("--address", default="local", help="of a Ray cluster, or auto; local starts Ray here")
+    command.add_argument("--metrics_port", type=int, help="of Prometheus metrics, for a Ray that is started here")
     return parser
 
 
