@@ -33,7 +33,7 @@ def run_python(code: str, cwd: Path, all_output: bool = False, **environment: st
         env={**os.environ, "PYTHONPATH": search_path, "HF_HUB_OFFLINE": "1", **environment},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=550,
     )
     assert result.returncode == 0, result.stderr
     return result.stdout + result.stderr if all_output else result.stdout

@@ -58,6 +58,7 @@ ARROWS: dict[str, set[str]] = {
     "account": {"flops"},
     "runs": {"account", "files"},
     "grids": {"files"},
+    "run_report": {"runs"},
     "plots": {"grids", "runs"},
     "feature_statistics": {"files"},
     "feature_net": {"files"},
@@ -105,7 +106,8 @@ ARROWS: dict[str, set[str]] = {
     "scores": {"feature_net", "files", "metrics"},
     # serving
     "prompts": set(),
-    "hub": {"adapters", "embedding_routing", "files", "routing"},
+    "model_card": {"adapters", "denoiser", "embedding_routing", "routing", "schedule"},
+    "hub": {"files", "model_card"},
     "pipeline_inputs": {"adapters", "embedding_routing", "prompts", "routing", "schedule"},
     "assembly": {"adapters", "files", "pipeline_inputs", "routing", "teachers"},
     "residents": {"files", "pipeline_inputs", "teachers"},
@@ -122,6 +124,18 @@ ARROWS: dict[str, set[str]] = {
     },
     # what people see
     "image_requests": {"denoiser", "pipeline_msd", "prompts"},
+    "publishing": {
+        "denoiser",
+        "files",
+        "grids",
+        "hub",
+        "image_requests",
+        "model_card",
+        "pipeline_msd",
+        "prompts",
+        "run_report",
+        "runs",
+    },
     # whole runs
     "distillation": {
         "adapters",
@@ -136,6 +150,7 @@ ARROWS: dict[str, set[str]] = {
         "objectives",
         "pairs",
         "pipeline_msd",
+        "run_report",
         "runs",
         "schedule",
         "stage_config",
@@ -181,6 +196,7 @@ TRAINING = {
     "objectives",
     "pairs",
     "retrieval",
+    "run_report",
     "runs",
     "shards",
     "stage_config",

@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -253,6 +254,11 @@ def test_without_network_the_error_says_that_nothing_shows(saved):
 
 PUSH_ALL = """
 from diffusers_msd.publishing import push
+for arguments in ({"license": "no-such-license"}, {"license": "mit", "private": True}):
+    try:
+        push("K2", "tester/public", **arguments)
+    except ValueError as error:
+        print(error)
 push("K2", "tester/pipeline", "apache-2.0", private=True)
 push("K2", "student-1", "apache-2.0", student=1)
 push("lora", "tester/lora-0", "mit", student=0, teacher="tester/class-teacher")
@@ -295,6 +301,7 @@ def published(tmp_path_factory):
     with HubServer() as hub:
         hub.add_folder("tester/sd", work / "sd")
         hub.add_folder("tester/class-teacher", work / "lora")
+        hub.repos["tester/public"] = {"README.md": b"my own words"}
         code = PUSH_ALL.replace("PROMPTS", repr(random_prompts()))
         printed = run_python(code, work, all_output=True, **hub.environment(work / "home"))
         yield hub, work, printed
@@ -302,6 +309,13 @@ def published(tmp_path_factory):
 
 def card_of(hub, repo_id) -> str:
     return hub.repos[repo_id]["README.md"].decode()
+
+
+def test_a_licence_that_the_hub_does_not_know_and_a_public_repository_for_a_private_model_are_refused(published):
+    hub, _, printed = published
+    assert re.search(r"^license: the Hub refuses the card's metadata: .*must be one of", printed, re.M)
+    assert re.search(r"^private: tester/public is there already and public", printed, re.M)
+    assert hub.repos["tester/public"] == {"README.md": b"my own words"}
 
 
 def test_each_push_is_one_commit_of_the_model_its_card_and_a_picture(published):
@@ -433,11 +447,11 @@ def test_a_dropped_connection_and_a_failed_commit_leave_the_old_state_and_nothin
     assert "failed: tester/K2: the upload did not finish (" in failed and "503" in failed
     assert seen == [before, before] and len(hub.commits) == 1
     assert oid == hub.commit_hash("tester/K2")
-    # Two students and the picture.
     assert len(hub.uploads) == len(set(hub.uploads)) == 2
     assert weights_of(hub) == {k: v for k, v in tree(tmp_path / "K2").items() if k.endswith(WEIGHTS)}
 
 
+@pytest.mark.services
 def test_a_client_that_is_killed_leaves_the_old_state_and_the_next_one_goes_on(earlier, tmp_path):
     hub, before = earlier, dict(earlier.repos["tester/K2"])
     hub.upload_faults = iter(["", "stall"])
@@ -447,9 +461,10 @@ def test_a_client_that_is_killed_leaves_the_old_state_and_the_next_one_goes_on(e
         [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": search_path, **environment}
     )
     try:
-        assert hub.stalled.wait(240)
+        assert hub.stalled.wait(550)
         while not hub.uploads:
             assert client.poll() is None
+            time.sleep(0.1)
     finally:
         client.send_signal(signal.SIGKILL)
         client.wait()
@@ -459,21 +474,27 @@ def test_a_client_that_is_killed_leaves_the_old_state_and_the_next_one_goes_on(e
     assert weights_of(hub) == {k: v for k, v in tree(tmp_path / "K2").items() if k.endswith(WEIGHTS)}
 
 
-REFUSED = """
-from diffusers_msd.publishing import push
-for arguments in [{"license": "no-such-license"}, {"license": "mit", "private": True}]:
-    try:
-        push("K2", "tester/" + REPO, **arguments)
-    except ValueError as error:
-        print(error)
-"""
-
-
-def test_the_hub_refuses_a_licence_and_a_public_repository_is_not_taken_for_a_private_one(saved, tmp_path):
+@pytest.mark.services
+def test_a_training_run_pushes_its_pipeline_and_keeps_no_token(tmp_path):
+    settings = ["--pretrained_teacher_model", ROOT / "training_scripts/assets/digits-teacher", "--num_students", 2]
+    settings += ["--stages", "dm", "--regression_weight", 0, "--train_batch_size", 4, "--max_train_steps", 2]
+    settings += [
+        "--push_to_hub",
+        "--hub_model_id",
+        "tester/run",
+        "--hub_license",
+        "mit",
+        "--hub_token",
+        "hf_of_the_run",
+    ]
+    command = [sys.executable, ROOT / "training_scripts/train_msd.py", *settings, "--output_dir", tmp_path / "run"]
     with HubServer() as hub:
-        hub.repos["tester/public"] = {"README.md": b"my own words"}
-        code = REFUSED.replace("REPO", "'public'")
-        licence, private = run_python(code, saved.parent, **hub.environment(tmp_path / "home")).splitlines()
-        assert licence.startswith("license: the Hub refuses") and "must be one of" in licence
-        assert private.startswith("private: tester/public is there already and public")
-        assert hub.repos == {"tester/public": {"README.md": b"my own words"}} and not hub.uploads
+        environment = {**os.environ, **hub.environment(tmp_path / "home"), "PYTHONPATH": str(ROOT / "src")}
+        done = subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=550)
+        assert done.returncode == 0, done.stderr
+        card = card_of(hub, "tester/run")
+        assert "Teacher: `digits-teacher`" in card and "| all students | 4 |" in card and "license: mit" in card
+        assert hub.tokens == {"hf_of_the_run"} and len(hub.commits) == 1
+        for content in [*tree(tmp_path).values(), *hub.repos["tester/run"].values(), done.stdout.encode()]:
+            assert b"hf_of_the_run" not in content and TOKEN.encode() not in content
+        assert "hf_of_the_run" not in done.stderr
