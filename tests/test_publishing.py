@@ -140,7 +140,7 @@ def test_picture_has_a_row_per_student_and_is_the_same_each_time():
     assert shown == {0: [0, 1], 1: [2, 3]}
     first, again = (picture(pipe, shown) for _ in range(2))
     assert first == again
-    assert Image.open(io.BytesIO(first)).size == (8 * 40, 2 * 40)
+    assert Image.open(io.BytesIO(first)).size == (8 * 70, 2 * 70)
     assert picture(pipe, {0: [1]}) != picture(pipe, {0: [0]})
 
 
@@ -252,17 +252,19 @@ def test_without_network_the_error_says_that_nothing_shows(saved):
 
 # With the real client, in fresh processes
 
+# Of an earlier push: in the way of the new weights, and not.
+OLD_SHARDS = {f"unet_0/{WEIGHTS}.index.json", "unet_0/diffusion_pytorch_model-00001-of-00002.safetensors"}
+OTHER_FILES = {"unet_0/diffusion_pytorch_model.fp16.safetensors", "unet_0/other.safetensors"}
+PIPELINE, STUDENT = "your-name/digits-k2", "your-name/digits-k2-student-1"
+
 PUSH_ALL = """
-from diffusers_msd.publishing import push
 for arguments in ({"license": "no-such-license"}, {"license": "mit", "private": True}):
     try:
-        push("K2", "tester/public", **arguments)
+        push("runs/quickstart/K2", "tester/public", **arguments)
     except ValueError as error:
         print(error)
-push("K2", "tester/pipeline", "apache-2.0", private=True)
-push("K2", "student-1", "apache-2.0", student=1)
 push("lora", "tester/lora-0", "mit", student=0, teacher="tester/class-teacher")
-push("text", "tester/text", "mit", prompts=PROMPTS, teacher="tester/sd")
+push("text", "text", "mit", private=True, prompts=PROMPTS, teacher="tester/sd")
 push("text", "tester/text-1", "mit", student=1, prompts=PROMPTS, teacher="tester/sd")
 push("text_lora", "tester/text-lora-1", "mit", student=1, prompts=PROMPTS, teacher="tester/sd")
 """
@@ -290,19 +292,22 @@ def published(tmp_path_factory):
     work = tmp_path_factory.mktemp("published")
     (work / "sd").mkdir()
     pipes = {
-        **{"K2": tiny_pipeline(2), "lora": lora_pipeline(2)},
+        **{"runs/quickstart/K2": tiny_pipeline(2), "lora": lora_pipeline(2)},
         **{"text": tiny_text_pipeline(work / "sd", 2), "text_lora": text_lora_pipeline(work / "sd")},
     }
     for name, pipe in pipes.items():
         pipe.save_pretrained(work / name)
-    write_run(work / "K2")
-    write_results(work / "results/results.json")
+    write_run(work / "runs/quickstart/K2")
+    write_results(work / "runs/quickstart/results/results.json")
     tiny_stable_diffusion(work / "sd").save_pretrained(work / "sd")
     with HubServer() as hub:
         hub.add_folder("tester/sd", work / "sd")
         hub.add_folder("tester/class-teacher", work / "lora")
         hub.repos["tester/public"] = {"README.md": b"my own words"}
-        code = PUSH_ALL.replace("PROMPTS", repr(random_prompts()))
+        hub.repos[PIPELINE] = dict.fromkeys((*OLD_SHARDS, *OTHER_FILES), b"")
+        # The recipe's own lines push the pipeline and its student 1.
+        recipe = re.findall(r"```python\n(.*?)```", (ROOT / "docs/recipes/publish.md").read_text(), re.S)
+        code = "".join([*recipe, PUSH_ALL.replace("PROMPTS", repr(random_prompts()))])
         printed = run_python(code, work, all_output=True, **hub.environment(work / "home"))
         yield hub, work, printed
 
@@ -321,28 +326,28 @@ def test_a_licence_that_the_hub_does_not_know_and_a_public_repository_for_a_priv
 def test_each_push_is_one_commit_of_the_model_its_card_and_a_picture(published):
     hub, work, _ = published
     assert [repo_id for repo_id, _ in hub.commits] == [
-        *("tester/pipeline", "tester/student-1", "tester/lora-0"),
+        *(PIPELINE, STUDENT, "tester/lora-0"),
         *("tester/text", "tester/text-1", "tester/text-lora-1"),
     ]
-    assert hub.private == {"tester/pipeline"}
+    assert hub.private == {"tester/text"}
     for repo_id, paths in hub.commits:
-        assert set(hub.repos[repo_id]) == set(paths) and {"README.md", PICTURE} < set(paths)
+        assert set(hub.repos[repo_id]) - OTHER_FILES == set(paths) - OLD_SHARDS and {"README.md", PICTURE} < set(paths)
         assert Image.open(io.BytesIO(hub.repos[repo_id][PICTURE])).format == "PNG"
     # Checkpoints, accounts and the like stay where they are.
     saved = {f"{name}/{file}" for name in ("unet_0", "unet_1") for file in ("config.json", WEIGHTS)}
     saved |= {"model_index.json", "router/config.json", "scheduler/scheduler_config.json", "README.md", PICTURE}
-    assert set(hub.repos["tester/pipeline"]) == saved
-    for name in ("student-1", "lora-0", "text-1", "text-lora-1"):
-        assert set(hub.repos[f"tester/{name}"]) == {"README.md", PICTURE, "config.json", WEIGHTS}
-    assert hub.repos["tester/student-1"][WEIGHTS] == (work / "K2/unet_1" / WEIGHTS).read_bytes()
+    assert set(hub.repos[PIPELINE]) == saved | OTHER_FILES
+    for repo_id in (STUDENT, "tester/lora-0", "tester/text-1", "tester/text-lora-1"):
+        assert set(hub.repos[repo_id]) == {"README.md", PICTURE, "config.json", WEIGHTS}
+    assert hub.repos[STUDENT][WEIGHTS] == (work / "runs/quickstart/K2/unet_1" / WEIGHTS).read_bytes()
 
 
 def test_card_of_a_published_pipeline_has_all_that_the_run_recorded(published):
     hub, *_ = published
-    card = ModelCard(card_of(hub, "tester/pipeline"))
+    card = ModelCard(card_of(hub, PIPELINE))
     assert (card.data.license, card.data.base_model) == ("apache-2.0", "tester/teacher")
     for words in (
-        *(f"]({PICTURE})", "A row per student, number 0, 1", "student 1: 2 classes: 2-3", "Stages: DM"),
+        *(f"]({PICTURE})", "A row is a student (0, 1)", "student 1: 2 classes: 2-3", "Stages: DM"),
         *("| all students | 4,002 |", "| part 0 | 3.125 |", "Partition: consecutive", "| total |"),
     ):
         assert words in card.text
@@ -353,7 +358,7 @@ def test_card_of_a_published_pipeline_has_all_that_the_run_recorded(published):
 
 def test_card_of_a_student_names_its_part_its_teacher_and_its_base(published):
     hub, *_ = published
-    student = ModelCard(card_of(hub, "tester/student-1"))
+    student = ModelCard(card_of(hub, STUDENT))
     assert "number 1 of 2 one-step students of the teacher tester/teacher" in student.text
     assert "this is number 1" in student.text and "student 1: 2 classes: 2-3" in student.text
     adapter_card = ModelCard(card_of(hub, "tester/lora-0"))
@@ -365,18 +370,19 @@ def test_card_of_a_student_names_its_part_its_teacher_and_its_base(published):
 def made_by_snippets(published):
     """The folder with what the snippets of all cards made, run as they are printed."""
     hub, work, _ = published
-    names = ("pipeline", "student-1", "lora-0", "text", "text-1", "text-lora-1")
-    write_json(work / "snippets.json", {name: snippet(card_of(hub, f"tester/{name}")) for name in names})
+    write_json(work / "snippets.json", {name.split("/")[1]: snippet(card_of(hub, name)) for name, _ in hub.commits})
     run_python(RUN_ALL, work, **hub.environment(work / "reader"))
     return work
 
 
 def test_snippet_of_a_pipelines_card_makes_images(made_by_snippets):
-    for name, side in (("pipeline", 8), ("text", 16)):
+    for name, side in (("digits-k2", 8), ("text", 16)):
         assert [Image.open(made_by_snippets / f"{name}-{i}.png").size for i in range(4)] == [(side, side)] * 4
 
 
-@pytest.mark.parametrize("name, label, make", [("student-1", 2, tiny_pipeline), ("lora-0", 0, lora_pipeline)])
+@pytest.mark.parametrize(
+    "name, label, make", [(STUDENT.split("/")[1], 2, tiny_pipeline), ("lora-0", 0, lora_pipeline)]
+)
 def test_snippet_of_a_student_of_classes_makes_the_pipelines_images(name, label, make, made_by_snippets):
     made = load_file(made_by_snippets / f"{name}.safetensors")
     latents = made["noise"] / 80

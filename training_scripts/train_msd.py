@@ -34,6 +34,8 @@ def main():
         raise ValueError("hub_token: with --report_to wandb it would be uploaded; use `hf auth login` instead")
     repo_id = config.hub_model_id or Path(config.output_dir).resolve().name
     if config.push_to_hub:
+        if config.hub_license is None:
+            raise ValueError("hub_license: nothing is pushed without one; give its identifier, such as apache-2.0")
         check_address(repo_id, config.hub_license, token=config.hub_token)
     if config.dry_run:
         dry_run(config, student, adapter, stage, training)

@@ -15,7 +15,15 @@ from tempfile import TemporaryDirectory, mkdtemp
 import diffusers
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
-from huggingface_hub import CommitInfo, CommitOperationAdd, create_commit, create_repo, hf_hub_download
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    create_commit,
+    create_repo,
+    hf_hub_download,
+    list_repo_files,
+)
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from safetensors import SafetensorError
 
@@ -120,6 +128,7 @@ def upload(
 
     Weights are stored before the commit that shows them, so an upload that is interrupted leaves the repository as it
     was, and the next one does not send again what has arrived. (`huggingface_hub.upload_folder` may commit in pieces.)
+    Old weights that are in the way of the new ones are removed by the same commit.
 
     Args:
         files: {path in the repository: file, or its content}.
@@ -137,10 +146,9 @@ def upload(
             files = {path: content for path, content in files.items() if path != "README.md"}
     except EntryNotFoundError:
         pass
-    operations = [
-        CommitOperationAdd(path_in_repo=str(PurePosixPath(subfolder or "", path)), path_or_fileobj=content)
-        for path, content in files.items()
-    ]
+    files = {str(PurePosixPath(subfolder or "", path)): content for path, content in files.items()}
+    operations = [CommitOperationAdd(path_in_repo=path, path_or_fileobj=content) for path, content in files.items()]
+    operations += [CommitOperationDelete(path) for path in _old_weights(files, repo_id, token)]
     return create_commit(
         repo_id,
         operations,
@@ -148,6 +156,18 @@ def upload(
         commit_message=commit_message or "Upload MultiStudentPipeline",
         create_pr=create_pr,
     )
+
+
+def _old_weights(files: dict, repo_id: str, token: str | None) -> list[str]:
+    # Shards and their index, or a whole file, of an earlier upload: loaders would take them for the new weights.
+    new = {_weights_kind(path) for path in files} - {None}
+    return [path for path in list_repo_files(repo_id, token=token) if path not in files and _weights_kind(path) in new]
+
+
+def _weights_kind(path: str) -> tuple | None:
+    # What the files of one model have in common: folder, beginning of the name, variant.
+    match = WEIGHTS_NAME.fullmatch(PurePosixPath(path).name)
+    return match and (PurePosixPath(path).parent, re.match(r"\w+", match[0])[0], match[1] or match[2])
 
 
 class SafePipeline(DiffusionPipeline):

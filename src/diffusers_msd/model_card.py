@@ -71,16 +71,16 @@ In a `StableDiffusionPipeline` with this `unet`, an adapter is loaded by
 PICTURE_TEXT = """
 ![Images of each student, a row each]({picture})
 
-A row per student, {students}; the images of a row are of seeds 0, 1, 2, ...
+A row is a student ({students}), the images in it are of seeds 0, 1, 2, ...
 """
 
 STUDENT_CARD = """
 {mark}
 # {title}
 
-{kind}: number {k} of {total} {steps}-step students of the teacher {teacher} (multi-student distillation,
-{paper}). It answers its own part of the {conditions}s, which is below, and was not trained for
-the others.
+{kind}: number {k} of {total} {steps}-step students of the teacher {teacher}
+(multi-student distillation, {paper}).
+It answers its own part of the {conditions}s, which is below, and was not trained for the others.
 {picture}
 ## Use
 
@@ -231,7 +231,7 @@ def student_card(
 
 
 def _common(pipe: DiffusionPipeline, name: str, shown: list[int] | None, details: str) -> dict:
-    students = f"number {', '.join(map(str, shown))}" if shown else ""
+    students = ", ".join(map(str, shown or []))
     return {
         "mark": CARD_MARK,
         "title": name.split("/")[-1],

@@ -234,7 +234,7 @@ def picture(pipe: MultiStudentPipeline, conditions: dict[int, list]) -> bytes:
         chosen = [own[i * len(own) // columns] for i in range(columns)]
         seeds = [torch.Generator().manual_seed(seed) for seed in range(columns)]
         rows.append(pipe(**condition_arguments(pipe, chosen), generator=seeds, output_type="pt").images)
-    grid = image_grid(2 * torch.cat(rows) - 1, columns)
+    grid = image_grid(2 * torch.cat(rows) - 1, columns, min_side=64)
     grid.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
     buffer = io.BytesIO()
     grid.save(buffer, format="PNG")

@@ -88,6 +88,8 @@ def _compute(record: dict) -> str:
     if record.get("pairs"):
         accounts["pairs of the teacher"] = record["pairs"]
     accounts["all students"] = record
+    # Runs of earlier versions know less.
+    shown = {key: column for key, column in shown.items() if any(key in account for account in accounts.values())}
     rows = [
         [name, *(cell(account) if key in account else "-" for key, (_, cell) in shown.items())]
         for name, account in accounts.items()
