@@ -271,6 +271,8 @@ class SafePipeline(DiffusionPipeline):
     ) -> CommitInfo:
         """Uploads the pipeline with its model card; diffusers' own method would put a general card in its place.
 
+        `publishing.push` does the same for a saved pipeline, with a licence, a picture and results in the card.
+
         Arguments as for `PushToHubMixin.push_to_hub` of diffusers; errors as for `save_pretrained`.
 
         Returns:

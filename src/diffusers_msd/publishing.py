@@ -19,7 +19,7 @@ from .denoiser import num_classes
 from .files import load_tensors
 from .grids import image_grid
 from .hub import component_files, upload
-from .image_requests import condition_arguments
+from .image_requests import condition_arguments, whole
 from .model_card import PICTURE, model_card, student_card
 from .pipeline_msd import SLOTS, MultiStudentPipeline
 from .prompts import check_prompts
@@ -75,8 +75,8 @@ def push(
     folder, parts = open_folder(path)
     measured = read_results(results, folder)
     pipe = open_pipeline(folder, parts)
-    if student is not None and (isinstance(student, bool) or student not in pipe.students):
-        raise ValueError(f"student: one of {', '.join(map(str, pipe.students))} expected, got {student!r}")
+    if student is not None and whole("student", student, 0) not in pipe.students:
+        raise ValueError(f"student: one of {', '.join(map(str, pipe.students))} expected")
     recorded = run_settings(folder).get("about", {}).get("teacher", "")
     # A name without owner is that of a folder.
     teacher = teacher or (recorded if "/" in recorded else None)
