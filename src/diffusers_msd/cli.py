@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from transformers import HfArgumentParser
 
-from . import __version__
+from . import __version__, publishing
 from .config import run_script
 from .files import check_writable
 from .grids import save_grid
@@ -96,9 +96,16 @@ def route(arguments: argparse.Namespace):
 
 
 def info(arguments: argparse.Namespace):
-    """Shows students, sizes, the router's parts and what training cost."""
-    found = pipeline_info(arguments.pipeline)
+    """Shows students, sizes, the router's parts, what training cost, and metrics."""
+    found = pipeline_info(arguments.pipeline, arguments.results)
     print(json.dumps(found, indent=2) if arguments.json else describe(found))
+
+
+def push(arguments: argparse.Namespace):
+    """Publishes a saved pipeline, or one student, on the Hub, with a card of what the run recorded."""
+    shared = ("license", "student", "private", "results", "prompts", "teacher")
+    given = {name: vars(arguments)[name] for name in shared}
+    print(publishing.push(arguments.pipeline, arguments.repo_id, **given).commit_url)
 
 
 def demo(arguments: argparse.Namespace):
@@ -177,7 +184,19 @@ def build_parser() -> Parser:
 
     command = add(info)
     command.add_argument("pipeline", help="folder or Hub id of a MultiStudentPipeline")
+    found = "default: results.json in the folder, in its results/ or in results/ beside it"
+    command.add_argument("--results", help=f"results.json of an evaluation, for the metrics ({found})")
     command.add_argument("--json", action="store_true", help="print JSON")
+
+    command = add(push)
+    command.add_argument("pipeline", help="folder of a saved MultiStudentPipeline")
+    command.add_argument("repo_id", help="where to: owner/name")
+    command.add_argument("--license", help="identifier of the Hub, such as apache-2.0; needed")
+    command.add_argument("--student", type=int, help="this one alone, as a model of stock diffusers")
+    command.add_argument("--private", action="store_true", default=None, help="if the repository is new")
+    command.add_argument("--results", help=f"results.json of an evaluation, for the card ({found})")
+    command.add_argument("--prompts", nargs="+", help="shown in the card's picture, for pipelines that take prompts")
+    command.add_argument("--teacher", help="its Hub id, for the card")
 
     command = add(demo)
     add_pipeline(command, nargs="?")
