@@ -16,7 +16,7 @@ RUN_FILE = "run.json"
 PAIRS_FILE = "pairs.json"
 
 
-def claim_run(output_dir: Path, settings: dict, about: dict):
+def claim_run(output_dir: Path, settings: dict, about: dict | None = None):
     """Marks a folder as belonging to a run, or checks that it is this one's.
 
     Jobs of single students share a folder, so the same settings may claim it again and again; each student's stage
@@ -33,7 +33,7 @@ def claim_run(output_dir: Path, settings: dict, about: dict):
     path = Path(output_dir) / RUN_FILE
     with FileLock(f"{path}.lock"):
         if not path.exists():
-            write_json(path, {**settings, "about": about})
+            write_json(path, {**settings, "about": about or {}})
             return
         saved = json.loads(path.read_text())
         for name, value in settings.items():
