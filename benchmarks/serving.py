@@ -268,7 +268,8 @@ def skewed(requests: Load, config: BenchmarkConfig, rate: float) -> dict[str, di
             warm(url, requests.draw(config.max_requests, hot))
             cases[f"80 % on one part, replicas of it: {replicas}"] = requests.measure(url, rate, hot)
             if replicas == 2:
-                killer = ThreadPool(1).apply_async(kill_later, (hot, config.seconds / 2))
+                half = min(config.seconds, config.max_requests / rate) / 2
+                killer = ThreadPool(1).apply_async(kill_later, (hot, half))
                 cases["the same, one of the 2 killed"] = requests.measure(url, rate, hot)
                 killer.get()
     return cases

@@ -11,14 +11,17 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx2 as httpx
 import numpy as np
 import PIL.Image
 import pytest
 import ray
+import yaml
 from helpers import random_prompts, tiny_pipeline, tiny_text_pipeline
 from ray import serve
+from ray.serve.schema import ServeDeploySchema
 from ray.util import list_named_actors
 
 from diffusers_msd import MultiStudentPipeline
@@ -143,6 +146,13 @@ def test_what_is_no_pipeline_is_refused_before_anything_starts(labels, tmp_path)
         build_app(tmp_path / "nothing", ServeConfig())
     with pytest.raises(ValueError, match="^replicas: one number, or 2"):
         app({"path": str(labels[0]), "replicas": [1, 2, 3]})
+
+
+def test_the_file_of_the_recipe_is_one_of_ray_and_builds_an_application(labels):
+    file = Path(__file__).parents[1] / "docs" / "recipes" / "serve.yaml"
+    (application,) = ServeDeploySchema.model_validate(yaml.safe_load(file.read_text())).applications
+    assert application.import_path == f"{app.__module__}:{app.__name__}"
+    assert isinstance(app({**application.args, "path": str(labels[0])}), serve.Application)
 
 
 def test_prompts_one_by_one_give_the_images_of_the_pipeline_to_the_last_bit(started, tmp_path):
