@@ -124,6 +124,18 @@ ARROWS: dict[str, set[str]] = {
     "image_requests": {"denoiser", "pipeline_msd", "prompts"},
     "pipeline_info": {"account", "denoiser", "hub", "pipeline_msd", "runs"},
     "cli": {"__init__", "config", "files", "grids", "image_requests", "pipeline_info", "pipeline_msd"},
+    "many_steps": {
+        "denoiser",
+        "image_requests",
+        "pipeline_inputs",
+        "pipeline_msd",
+        "prompts",
+        "sampling",
+        "schedule",
+        "teachers",
+    },
+    "routing_map": {"denoiser", "pipeline_msd", "plots"},
+    "app": {"image_requests", "many_steps", "pipeline_msd", "prompts", "routing_map"},
     # whole runs
     "distillation": {
         "adapters",
