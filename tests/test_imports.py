@@ -165,6 +165,18 @@ ARROWS: dict[str, set[str]] = {
         "run_report",
         "runs",
     },
+    "many_steps": {
+        "denoiser",
+        "image_requests",
+        "pipeline_inputs",
+        "pipeline_msd",
+        "prompts",
+        "sampling",
+        "schedule",
+        "teachers",
+    },
+    "routing_map": {"denoiser", "pipeline_msd", "plots"},
+    "app": {"image_requests", "many_steps", "pipeline_msd", "prompts", "routing_map"},
     # whole runs
     "distillation": {
         "adapters",

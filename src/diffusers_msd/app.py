@@ -181,14 +181,20 @@ def times(made: list[Timed]) -> str:
     return f"| made by | time per image |\n|---|---|\n{rows}"
 
 
-def condition_input(pipe: MultiStudentPipeline, routing_map: RoutingMap):
+def choice(choices: list, label: str) -> gr.Component:
+    """One of several, the first at the start."""
+    # A list that is left with the Tab key stays open over what is below, so it is for many choices only.
+    field, value = gr.Radio if len(choices) <= 20 else gr.Dropdown, choices[0]
+    return field(choices, value=value[1] if isinstance(value, tuple) else value, label=label)
+
+
+def condition_input(pipe: MultiStudentPipeline, routing_map: RoutingMap) -> gr.Component:
     """A text field with examples, or the classes to choose from."""
-    if pipe.takes_prompts:
-        field = gr.Textbox(label="Prompt", value=routing_map.conditions[0], lines=1, max_lines=1, autofocus=True)
-        gr.Examples(routing_map.conditions[:6], field, label="For example")
-        return field
-    picker = gr.Radio if len(routing_map.conditions) <= 20 else gr.Dropdown
-    return picker(routing_map.conditions, value=0, label="Class")
+    if not pipe.takes_prompts:
+        return choice(routing_map.conditions, "Class")
+    field = gr.Textbox(routing_map.conditions[0], label="Prompt", max_lines=1, autofocus=True)
+    gr.Examples(routing_map.conditions[:6], field, label="For example")
+    return field
 
 
 def build_demo(
@@ -214,7 +220,7 @@ def build_demo(
     accepted = Accepted.by(pipe, max_images=max_images)
     routing_map = RoutingMap(pipe, EXAMPLES if prompts is None and pipe.takes_prompts else prompts)
     desk = Desk(pipe, accepted, routing_map, teacher)
-    title = Path(pipe.name_or_path).name or "Students"
+    title = Path(pipe.name_or_path or "Students").name
     students = [(f"student {k}", k) for k in accepted.students]
     others = [] if teacher is None else [("teacher", TEACHER)]
     small = max(pipe.latent_shape()[1:]) * pipe.vae_scale_factor <= SMALL
@@ -227,11 +233,8 @@ def build_demo(
                 with gr.Row():
                     seed = gr.Number(0, label="Seed of the first image", min_width=120)
                     count = gr.Slider(1, max_images, 4, step=1, label="Images", min_width=120)
-                with gr.Row():
-                    student = gr.Dropdown([("automatic", ROUTER), *students], label="Student", min_width=120)
-                    compare = gr.Dropdown(
-                        [("nothing", NOTHING), *others, *students], label="Compare with", min_width=120
-                    )
+                student = choice([("automatic", ROUTER), *students], "Student")
+                compare = choice([("nothing", NOTHING), *others, *students], "Compare with")
                 button = gr.Button("Make images", variant="primary")
                 text = gr.Markdown()
             with gr.Column(min_width=320):
