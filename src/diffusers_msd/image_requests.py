@@ -39,6 +39,11 @@ class ImageRequest:
     def seeds(self) -> range:
         return range(self.seed, self.seed + self.num_images)
 
+    @property
+    def generators(self) -> list[torch.Generator]:
+        """One per image, fresh; on the CPU, so a seed gives the same noise on every device."""
+        return [torch.Generator().manual_seed(seed) for seed in self.seeds]
+
 
 @dataclass(frozen=True)
 class Accepted:
@@ -115,8 +120,6 @@ def condition_arguments(pipe: MultiStudentPipeline, conditions: list) -> dict[st
 def make_images(pipe: MultiStudentPipeline, request: ImageRequest, output_type: str = "pil"):
     """Makes the images of a request.
 
-    Noise is drawn on the CPU, so a seed gives the same noise on every device.
-
     Returns:
         The `MultiStudentPipelineOutput` of `request.num_images` images.
 
@@ -126,7 +129,7 @@ def make_images(pipe: MultiStudentPipeline, request: ImageRequest, output_type: 
     return pipe(
         **condition_arguments(pipe, [request.condition]),
         num_images_per_prompt=request.num_images,
-        generator=[torch.Generator().manual_seed(seed) for seed in request.seeds],
+        generator=request.generators,
         student=request.student,
         output_type=output_type,
     )

@@ -172,7 +172,7 @@ class MultiStudentPipeline(StudentSlots):
         """
         self._check_routed()
         self.check_condition(prompt, class_labels, prompt_embeds, prompt_mask)
-        condition = self._routed_by(*self.encode_condition(prompt, class_labels, prompt_embeds, prompt_mask))
+        condition = self.routed_by(*self.encode_condition(prompt, class_labels, prompt_embeds, prompt_mask))
         return self.router.margins(**condition).tolist()
 
     def _check_routed(self) -> None:
@@ -180,10 +180,14 @@ class MultiStudentPipeline(StudentSlots):
             raise ValueError("router: this pipeline has none, pass student= to say which student shall run")
 
     def _route(self, condition: torch.Tensor, mask: torch.Tensor | None) -> list[int]:
-        return self.router(**self._routed_by(condition, mask)).tolist()
+        return self.router(**self.routed_by(condition, mask)).tolist()
 
-    def _routed_by(self, condition: torch.Tensor, mask: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        """What the router takes of a condition, by the name of its argument."""
+    def routed_by(self, condition: torch.Tensor, mask: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """What the router takes of B conditions, by the name of its argument: labels [B], or pooled embeddings [B, D].
+
+        Args:
+            condition, mask: from `encode_condition`.
+        """
         if not self.takes_prompts:
             return {"class_labels": condition}
         if mask is None:
@@ -384,6 +388,17 @@ class MultiStudentPipeline(StudentSlots):
         return self.safety_checker(images=images, clip_input=pixels)
 
     @torch.no_grad()
+    def to_images(self, latents: torch.Tensor, output_type: str) -> tuple:
+        """Samples [B, C, h, w], these students' or their teacher's, decoded, checked and in the form asked for.
+
+        Returns:
+            (images, nsfw_content_detected) as in `MultiStudentPipelineOutput`.
+        """
+        images, nsfw = self.run_safety_checker(self.decode_latents(latents))
+        shown = None if nsfw is None else [not objection for objection in nsfw]
+        return self.image_processor.postprocess(images, output_type=output_type, do_denormalize=shown), nsfw
+
+    @torch.no_grad()
     def __call__(
         self,
         prompt: str | list[str] | None = None,
@@ -465,11 +480,7 @@ class MultiStudentPipeline(StudentSlots):
                     callback_kwargs = {"latents": latents} if "latents" in callback_inputs else {}
                     latents = callback_on_step_end(self, step, t, callback_kwargs).pop("latents", latents)
 
-        images, nsfw = latents, None
-        if output_type != "latent":
-            images, nsfw = self.run_safety_checker(self.decode_latents(latents))
-            shown = None if nsfw is None else [not objection for objection in nsfw]
-            images = self.image_processor.postprocess(images, output_type=output_type, do_denormalize=shown)
+        images, nsfw = (latents, None) if output_type == "latent" else self.to_images(latents, output_type)
         self.maybe_free_model_hooks()
         if not return_dict:
             return images, student_indices

@@ -61,8 +61,12 @@ def load_unet(
     return load_model(_teacher_class(path, argument), path, argument, subfolder="unet", dtype=dtype)
 
 
-def load_teacher(path: str) -> tuple[ModelMixin, SchedulerMixin]:
+def load_teacher(path: str, argument: str = "pretrained_teacher_model") -> tuple[ModelMixin, SchedulerMixin]:
     """Loads a teacher's network and scheduler, from a local folder or a Hub id with `unet/` and `scheduler/`.
+
+    Args:
+        path: the folder or Hub id.
+        argument: the name of the caller's argument that it came from, for error texts.
 
     Returns:
         (a class-conditional `UNet2DModel` or a `UNet2DConditionModel`, in float32 without gradient; scheduler).
@@ -70,12 +74,10 @@ def load_teacher(path: str) -> tuple[ModelMixin, SchedulerMixin]:
     Raises:
         FileNotFoundError, ValueError: something is missing, truncated or unknown, with its place.
     """
-    model = load_unet(path)
+    model = load_unet(path, argument)
     if isinstance(model, UNet2DModel) and not model.config.num_class_embeds:
-        raise ValueError(
-            f"pretrained_teacher_model: {path} is not class-conditional; a UNet2DModel with num_class_embeds is needed"
-        )
-    scheduler = load_scheduler(path, "pretrained_teacher_model")
+        raise ValueError(f"{argument}: {path} is not class-conditional; a UNet2DModel with num_class_embeds is needed")
+    scheduler = load_scheduler(path, argument)
     return model.requires_grad_(False).eval(), scheduler
 
 

@@ -1,0 +1,266 @@
+# Copyright 2026 The diffusers_msd authors.
+# SPDX-License-Identifier: Apache-2.0
+"""The demo as people use it: in headless Chromium, on a page that a real server sends."""
+
+import io
+import re
+import shutil
+import threading
+
+import numpy as np
+import pytest
+from helpers import edm_scheduler, tiny_pipeline, tiny_text_pipeline, tiny_unet
+from PIL import Image
+from playwright.sync_api import Locator, Page, expect, sync_playwright
+
+from diffusers_msd import app
+from diffusers_msd.image_requests import ImageRequest, make_images
+from diffusers_msd.many_steps import ManyStepTeacher
+from diffusers_msd.teachers import save_teacher
+
+
+pytestmark = pytest.mark.services
+PROMPTS = ["a cat", "zebra", "a boat", "moon"]
+# Long: nothing here is about speed, and the machine may be busy.
+TIMEOUT = 120_000
+expect.set_options(timeout=TIMEOUT)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    quiet = "--headless=new --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync"
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=quiet.split())
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="module")
+def labels(tmp_path_factory):
+    """The page of a pipeline of labels, with a teacher: (pipeline, teacher, address)."""
+    pipe, folder = tiny_pipeline(2), tmp_path_factory.mktemp("teacher")
+    save_teacher(folder, tiny_unet(seed=7), edm_scheduler())
+    teacher = ManyStepTeacher(folder, pipe, num_steps=2)
+    demo = app.launch(pipe, teacher=teacher, block=False)
+    yield pipe, teacher, demo.local_url
+    demo.close()
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    """The page of a pipeline of prompts: (pipeline, address)."""
+    pipe = tiny_text_pipeline(tmp_path_factory.mktemp("text"), 4)
+    demo = app.launch(pipe, prompts=PROMPTS, block=False)
+    yield pipe, demo.local_url
+    demo.close()
+
+
+def open_page(browser, url: str, width: int = 1280) -> Page:
+    page = browser.new_context(viewport={"width": width, "height": 800}).new_page()
+    page.set_default_timeout(TIMEOUT)
+    page.goto(url)
+    expect(page.get_by_role("button", name="Make images")).to_be_visible()
+    return page
+
+
+@pytest.fixture
+def visit(browser):
+    """Opens pages that are closed after the test."""
+    pages = []
+
+    def visit(url: str, width: int = 1280) -> Page:
+        pages.append(open_page(browser, url, width))
+        return pages[-1]
+
+    yield visit
+    for page in pages:
+        page.context.close()
+
+
+def fill(page: Page, **fields):
+    for label, value in fields.items():
+        page.get_by_label(label.replace("_", " "), exact=True).first.fill(str(value))
+
+
+def make(page: Page):
+    page.get_by_role("button", name="Make images").click()
+
+
+def group(page: Page, field: str) -> Locator:
+    """The radio buttons below the words `field`."""
+    return page.get_by_role("group").filter(has_text=re.compile(rf"^\s*{field}"))
+
+
+def choose(page: Page, field: str, option: str):
+    group(page, field).get_by_role("radio", name=option, exact=True).check()
+
+
+def gallery(page: Page, name: str, count: int) -> list[np.ndarray]:
+    """The pixels of the files behind a gallery's thumbnails."""
+    thumbnails = page.locator(f"#{name} .thumbnail-item img")
+    expect(thumbnails).to_have_count(count)
+    files = [page.request.get(image.get_attribute("src")).body() for image in thumbnails.all()]
+    return [np.asarray(Image.open(io.BytesIO(file))) for file in files]
+
+
+def same(got: list, expected: list) -> bool:
+    return len(got) == len(expected) and all(np.array_equal(a, np.asarray(b)) for a, b in zip(got, expected))
+
+
+def test_a_class_is_made_by_its_student_bit_for_bit(visit, labels):
+    pipe, _, url = labels
+    page = visit(url)
+    choose(page, "Class", "3")
+    fill(page, Seed_of_the_first_image=11)
+    make(page)
+    expect(page.get_by_text("Student 1 answered. A table of classes has no cuts")).to_be_visible()
+    assert same(gallery(page, "images", 4), make_images(pipe, ImageRequest(3, 11, 4)).images)
+    # Eight pixels are shown large, and sharp.
+    image = page.locator("#images .thumbnail-item img").first
+    assert image.bounding_box()["width"] > 60
+    assert image.evaluate("image => getComputedStyle(image).imageRendering") == "pixelated"
+
+
+def test_a_teacher_and_another_student_are_shown_beside(visit, labels):
+    pipe, teacher, url = labels
+    page, request = visit(url), ImageRequest(0, 0, 4)
+    choose(page, "Compare with", "teacher")
+    make(page)
+    expect(page.locator("#compared")).to_contain_text("teacher, 2 steps")
+    assert same(gallery(page, "images", 4), make_images(pipe, request).images)
+    assert same(gallery(page, "compared", 4), teacher.make_images(request))
+    choose(page, "Compare with", "student 1")
+    make(page)
+    expect(page.locator("#compared")).to_contain_text("student 1")
+    assert same(gallery(page, "compared", 4), make_images(pipe, ImageRequest(0, 0, 4, student=1)).images)
+    choose(page, "Compare with", "nothing")
+    choose(page, "Student", "student 1")
+    make(page)
+    expect(page.get_by_text("Student 1 was asked for. The router takes student 0.")).to_be_visible()
+    expect(page.locator("#compared")).to_be_hidden()
+
+
+def test_an_image_can_be_downloaded(visit, labels):
+    pipe, _, url = labels
+    page = visit(url)
+    make(page)
+    page.locator("#images .thumbnail-item").first.click()
+    with page.expect_download() as download:
+        page.locator("#images").get_by_label("Download", exact=True).click()
+    assert same([np.asarray(Image.open(download.value.path()))], make_images(pipe, ImageRequest(0)).images)
+
+
+def test_bad_input_is_a_message_and_the_page_goes_on(visit, prompts):
+    pipe, url = prompts
+    page = visit(url)
+    for fields, message in (
+        ({"Prompt": " "}, "prompt: number 0 is empty"),
+        ({"Prompt": "a" * 1001}, "prompt: at most 1000 characters expected, got 1001"),
+        ({"Prompt": "moon", "Seed of the first image": "-1"}, "seed: a whole number in [0, "),
+        ({"Seed of the first image": "9007199254740992"}, "seed: a whole number in [0, "),
+        ({"Seed of the first image": "1e300"}, "seed: a whole number expected"),
+        ({"Seed of the first image": "0.5"}, "seed: a whole number expected"),
+        ({"Seed of the first image": ""}, "seed: a whole number expected"),
+    ):
+        fill(page, **fields)
+        make(page)
+        toast = page.locator(".toast-body")
+        expect(toast).to_contain_text(message)
+        toast.locator(".toast-close").click()
+        expect(toast).to_have_count(0)
+    fill(page, **{"Seed of the first image": "9007199254740988"})
+    make(page)
+    expect(page.get_by_text(f"Student {pipe.route('moon')[0]} answered")).to_be_visible()
+    images = make_images(pipe, ImageRequest("moon", 9007199254740988, 4)).images
+    assert same(gallery(page, "images", 4), images)
+
+
+def test_ten_people_at_once_get_their_own_images(visit, labels):
+    pipe, _, url = labels
+    pages = [visit(url) for _ in range(10)]
+    for i, page in enumerate(pages):
+        choose(page, "Class", str(i % 4))
+        fill(page, Seed_of_the_first_image=100 + i)
+    for page in pages:
+        page.get_by_role("button", name="Make images").click(no_wait_after=True)
+    for i, page in enumerate(pages):
+        expect(page.get_by_text(f"Student {pipe.route(class_labels=i % 4)[0]} answered")).to_be_visible()
+        assert same(gallery(page, "images", 4), make_images(pipe, ImageRequest(i % 4, 100 + i, 4)).images)
+
+
+def test_who_comes_when_the_queue_is_full_is_told_so(visit, monkeypatch):
+    monkeypatch.setattr(app, "MAX_WAITING", 1)
+    pipe, running, go_on = tiny_pipeline(2), threading.Event(), threading.Event()
+
+    def wait(*_):
+        running.set()
+        go_on.wait(TIMEOUT / 1000)
+
+    pipe.students[0].register_forward_pre_hook(wait)
+    demo = app.launch(pipe, block=False)
+    try:
+        first, second, third = (visit(demo.local_url) for _ in range(3))
+        make(first)
+        assert running.wait(TIMEOUT / 1000)
+        make(second)
+        expect(second.locator("#images")).to_contain_text("queue")
+        make(third)
+        expect(third.locator(".toast-body")).to_contain_text("currently busy")
+        go_on.set()
+        for page in (first, second):
+            expect(page.get_by_text("Student 0 answered")).to_be_visible()
+    finally:
+        go_on.set()
+        demo.close()
+
+
+def test_a_phone_needs_no_sideways_scrolling(visit, labels, prompts):
+    for *_, url in (labels, prompts):
+        page = visit(url, width=390)
+        choose(page, "Compare with", "student 1")
+        make(page)
+        expect(page.locator("#compared .thumbnail-item img")).to_have_count(4)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        outside = "all => all.filter(e => e.getBoundingClientRect().right > 390).length"
+        assert page.locator("#compared .thumbnail-item, button, input:not([type=range])").evaluate_all(outside) == 0
+
+
+def focused(page: Page) -> str:
+    """What the focused element is called: its label, or the text around it."""
+    return page.evaluate(
+        "(document.activeElement.getAttribute('aria-label') || document.activeElement.closest('button, label').innerText)"
+    )
+
+
+def test_labels_are_made_without_a_mouse(visit, labels):
+    page, passed = visit(labels[2]), []
+    group(page, "Class").get_by_role("radio").first.focus()
+    while not passed or passed[-1] != "Make images":
+        page.keyboard.press("Tab")
+        passed.append(focused(page).strip())
+        if passed[-1] in ("2", "student 0"):
+            page.keyboard.press("Space")
+        assert len(passed) < 30, passed
+    order = [passed.index(name) for name in ("2", "Seed of the first image", "automatic", "nothing")]
+    assert order == sorted(order)
+    page.keyboard.press("Enter")
+    expect(page.get_by_text("Student 0 was asked for. The router takes student 1.")).to_be_visible()
+    expect(page.locator("#compared .thumbnail-item img")).to_have_count(4)
+
+
+def test_enter_submits_a_prompt_and_a_seed(visit, prompts):
+    pipe, url = prompts
+    page = visit(url)
+    page.get_by_label("Prompt").focus()
+    page.keyboard.press("Control+A")
+    page.keyboard.type("zebra")
+    page.keyboard.press("Enter")
+    expect(page.get_by_text(f"Student {pipe.route('zebra')[0]} answered. The nearest cut")).to_be_visible()
+    assert same(gallery(page, "images", 4), make_images(pipe, ImageRequest("zebra", 0, 4)).images)
+    page.get_by_label("Seed of the first image").focus()
+    page.keyboard.press("Control+A")
+    page.keyboard.type("5")
+    with page.expect_response(lambda response: "queue/join" in response.url):
+        page.keyboard.press("Enter")
+    expect(page.locator("#images img[alt='seed 5']")).to_be_visible()
+    assert same(gallery(page, "images", 4), make_images(pipe, ImageRequest("zebra", 5, 4)).images)
