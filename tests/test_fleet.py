@@ -81,6 +81,12 @@ def test_bad_flags_are_one_line_before_anything_is_started(name, flags, teacher,
     assert not (tmp_path / "run" / "run.json").exists()
 
 
+def test_help_shows_the_own_flags_and_where_the_others_are(capsys):
+    assert run("train_students_ray.py", "--help") == 0
+    shown = capsys.readouterr().out
+    assert "--max_restarts" in shown and "--evaluate_arguments" in shown and "train_msd.py" in shown
+
+
 def test_a_token_is_refused_and_not_shown(teacher, tmp_path, capsys):
     arguments = ["--pretrained_teacher_model", teacher, "--output_dir", tmp_path, "--hub_token", "hf_secret"]
     assert run("train_students_ray.py", *arguments) == 2

@@ -234,7 +234,7 @@ class Run:
         """Runs the stages of student k, each from the weights of the one before.
 
         Raises:
-            ValueError: another process trains this student in the same folder, and has not ended in `STOPPING` seconds.
+            ValueError: another process trains this student in the same folder, for `STOPPING` seconds more.
         """
         path = self.output_dir / f"student_{k}.lock"
         alone = FileLock(path, timeout=STOPPING) if self.accelerator.is_main_process else nullcontext()
