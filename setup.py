@@ -64,6 +64,7 @@ setup(
             "hypothesis>=6.100",
             "playwright>=1.50",
             "pytest>=8.0",
+            "pytest-xdist>=3.6",
             "ruff>=0.17,<0.18",
             "torchmetrics>=1.6",
         ],
