@@ -5,7 +5,7 @@ VENV := .venv
 # Installing again is needed only when what is installed has changed.
 INSTALLED := $(VENV)/.installed
 
-.PHONY: venv quickstart test slow services lint experiments experiments-smoke
+.PHONY: venv quickstart test slow services lint docs experiments experiments-smoke
 
 venv: $(INSTALLED)
 
@@ -23,6 +23,10 @@ lint: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest
+
+# The site, in site/.
+docs: $(INSTALLED)
+	$(VENV)/bin/mkdocs build --strict
 
 # Demo in a browser, serving, training on several processes.
 services: $(INSTALLED)

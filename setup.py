@@ -54,7 +54,7 @@ setup(
         "training": training,
         "demo": ["gradio>=6.0", "matplotlib>=3.9"],
         "ray": ["ray>=2.50"],
-        "serve": ["ray[serve]>=2.50"],
+        "serve": ["fastapi>=0.165", "ray[serve]>=2.60"],
         "docs": ["mkdocs-material>=9.6", "mkdocstrings[python]>=1.0"],
         # These two need torchvision, which has to be built for the installed torch.
         "lpips": ["lpips>=0.1.4"],

@@ -3,7 +3,8 @@
 """A small server on loopback that speaks enough of the Hub's protocol for the real `huggingface_hub` client.
 
 It serves model repositories from memory: create, upload (regular files and LFS), list, download. Tests run the client
-in a fresh process with `HubServer.environment`, since huggingface_hub reads `HF_ENDPOINT` once, at import.
+in a fresh process with `HubServer.environment`, since huggingface_hub reads `HF_ENDPOINT` once, at import. It can be
+told to fail: a connection that is dropped in the middle of an upload, a commit that is refused.
 """
 
 import base64
@@ -11,12 +12,16 @@ import hashlib
 import json
 import re
 import threading
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 
 USER = "tester"
+TOKEN = "hf_loopback"
+# Of the identifiers that the Hub knows.
+LICENSES = ("apache-2.0", "mit", "creativeml-openrail-m", "other")
 
 
 class HubServer:
@@ -24,13 +29,28 @@ class HubServer:
 
     Attributes:
         repos: {repo id: {path: bytes}}, the newest state of each repository.
+        private: ids of the private ones.
+        commits: (repo id, paths that it changed) of every commit, in order.
+        tokens: that came with commits.
         downloads: (repo id, path) of every file whose content was sent, in order.
+        uploads: hash of every LFS file that arrived whole, in order.
+        upload_faults: what happens to the next LFS uploads: "" none, "drop" the connection in the middle, "stall" there
+            until the client is gone.
+        stalled: set when an upload stalls.
+        commit_faults: the HTTP status of the next commits, 200 for those that shall pass.
         url: the endpoint.
     """
 
     def __init__(self):
         self.repos: dict[str, dict[str, bytes]] = {}
+        self.private: set[str] = set()
+        self.commits: list[tuple[str, list[str]]] = []
+        self.tokens: set[str] = set()
         self.downloads: list[tuple[str, str]] = []
+        self.uploads: list[str] = []
+        self.upload_faults: Iterator[str] = iter(())
+        self.stalled = threading.Event()
+        self.commit_faults: Iterator[int] = iter(())
         self.blobs: dict[str, bytes] = {}
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -48,7 +68,7 @@ class HubServer:
         return {
             "HF_ENDPOINT": self.url,
             "HF_HOME": str(home),
-            "HF_TOKEN": "hf_loopback",
+            "HF_TOKEN": TOKEN,
             # The protocol of git LFS; Xet storage would need a second server.
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -82,7 +102,7 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/api/repos/create":
             return self._create(json.loads(body))
         if path == "/api/validate-yaml":
-            return self._json({"errors": [], "warnings": []})
+            return self._validate(json.loads(body)["content"])
         if match := re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
             return self._lfs_batch(json.loads(body))
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/[^/]+", path):
@@ -93,10 +113,19 @@ class _Handler(BaseHTTPRequestHandler):
         return self._error(404, "RepoNotFound")
 
     def do_PUT(self):
-        oid, body = self._path().removeprefix("/lfs/"), self._body()
+        oid, fault = self._path().removeprefix("/lfs/"), next(self.hub.upload_faults, "")
+        if fault:
+            self.rfile.read(int(self.headers["Content-Length"]) // 2)
+            self.close_connection = True
+            if fault == "stall":
+                self.hub.stalled.set()
+                self.rfile.read()
+            return None
+        body = self._body()
         if hashlib.sha256(body).hexdigest() != oid:
             return self._error(400, "BadChecksum")
         self.hub.blobs[oid] = body
+        self.hub.uploads.append(oid)
         return self._json({})
 
     def do_GET(self):
@@ -111,7 +140,8 @@ class _Handler(BaseHTTPRequestHandler):
                     [{"type": "file", "path": p, "size": len(c), "oid": _oid(c)} for p, c in sorted(files.items())]
                 )
             siblings = [{"rfilename": p} for p in sorted(files)]
-            return self._json({"id": repo_id, "sha": self.hub.commit_hash(repo_id), "siblings": siblings})
+            about = {"id": repo_id, "sha": self.hub.commit_hash(repo_id), "private": repo_id in self.hub.private}
+            return self._json({**about, "siblings": siblings})
         return self._resolve(path)
 
     def do_HEAD(self):
@@ -126,8 +156,16 @@ class _Handler(BaseHTTPRequestHandler):
     def _create(self, request: dict):
         repo_id = f"{request.get('organization') or USER}/{request['name']}"
         status = 409 if repo_id in self.hub.repos else 200
+        if status == 200 and request.get("visibility") == "private":
+            self.hub.private.add(repo_id)
         self.hub.repos.setdefault(repo_id, {})
         return self._json({"url": f"{self.hub.url}/{repo_id}", "id": repo_id}, status)
+
+    def _validate(self, card: str):
+        license = re.search(r"^license: (.+)$", card, re.M)
+        if license is None or license[1] in LICENSES:
+            return self._json({"errors": [], "warnings": []})
+        return self._json({"errors": [{"message": f'"license" must be one of {LICENSES}'}], "warnings": []}, 400)
 
     def _preupload(self, repo_id: str, request: dict):
         files = self.hub.repos[repo_id]
@@ -149,10 +187,17 @@ class _Handler(BaseHTTPRequestHandler):
         return self._json({"transfer": "basic", "objects": objects})
 
     def _commit(self, repo_id: str, body: bytes):
+        self.hub.tokens.add(self.headers.get("Authorization", "").removeprefix("Bearer "))
+        status = next(self.hub.commit_faults, 200)
+        if status != 200:
+            return self._error(status, "CommitFailed")
         files = dict(self.hub.repos[repo_id])
+        changed = []
         for line in body.splitlines():
             entry = json.loads(line)
             value = entry["value"]
+            if entry["key"] != "header":
+                changed.append(value["path"])
             if entry["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif entry["key"] == "lfsFile":
@@ -160,6 +205,7 @@ class _Handler(BaseHTTPRequestHandler):
             elif entry["key"] == "deletedFile":
                 del files[value["path"]]
         self.hub.repos[repo_id] = files
+        self.hub.commits.append((repo_id, changed))
         oid = self.hub.commit_hash(repo_id)
         return self._json({"commitUrl": f"{self.hub.url}/{repo_id}/commit/{oid}", "commitOid": oid})
 

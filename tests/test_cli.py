@@ -50,7 +50,7 @@ def refused(capsys, *argv: str) -> str:
 def test_help_and_version_name_every_command(capsys):
     assert status_of("--help") == 0
     text = capsys.readouterr().out
-    assert all(name in text for name in ("quickstart", "generate", "route", "info"))
+    assert all(name in text for name in ("quickstart", "generate", "route", "info", "push", "demo", "serve"))
     assert status_of("--version") == 0
     assert capsys.readouterr().out.strip() == version("diffusers_msd")
     assert status_of("generate", "--help") == 0 and "--num_images" in capsys.readouterr().out
@@ -130,6 +130,16 @@ def test_info_says_what_is_there(labels, capsys):
         (["generate", "PROMPTS", "half \ud83d"], "prompt: "),
         (["route", "PROMPTS", "x" * 2000], "prompt: "),
         (["info", "nosuchfolder"], "pretrained_model_name_or_path: "),
+        (["info", "LABELS", "--results", "no.json"], "results: "),
+        (["push", "LABELS", "you/x"], "license: "),
+        (["push", "LABELS", "../x", "--license", "mit"], "repo_id: "),
+        (["push", "nosuchfolder", "you/x", "--license", "mit"], "path: "),
+        (["demo"], "pipeline: "),
+        (["demo", "LABELS", "--prompts", "no.txt"], "prompts: "),
+        (["demo", "LABELS", "--teacher", "nosuchfolder"], "teacher: "),
+        (["serve", "nosuchfolder"], "path: "),
+        (["serve", "LABELS", "--deadline", "0"], "deadline: "),
+        (["serve", "LABELS", "--replicas", "1", "2", "3"], "replicas: "),
         (["paint"], "argument command: "),
         ([], "the following arguments are required: command"),
     ],

@@ -311,7 +311,7 @@ def test_an_output_folder_in_use_is_refused_and_kept(tmp_path):
 
 
 def test_from_a_pickle_to_a_pipeline_with_guidance(tmp_path, capsys):
-    """The commands of the README: convert, pairs, train."""
+    """The commands of docs/teacher.md: convert, pairs, train."""
     file = write(tmp_path / "net.pkl", EDMPrecond(labels=4))
     assert run("convert_edm.py", "--checkpoint", file, "--output_dir", tmp_path / "teacher") == 0
     said = capsys.readouterr().out

@@ -17,15 +17,15 @@ from hub_server import HubServer
 from huggingface_hub import ModelCard
 
 from diffusers_msd import ClassRouter, MultiStudentPipeline
-from diffusers_msd.hub import CARD_MARK
+from diffusers_msd.model_card import CARD_MARK
 
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-def run_python(code: str, cwd: Path, **environment: str) -> str:
-    """Runs code in a fresh process, offline unless told otherwise, and returns what it printed."""
+def run_python(code: str, cwd: Path, all_output: bool = False, **environment: str) -> str:
+    """Runs code in a fresh process, offline unless told otherwise, and returns what it printed (or all, with errors)."""
     search_path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])
     result = subprocess.run(
         [sys.executable, "-c", code],
@@ -33,10 +33,10 @@ def run_python(code: str, cwd: Path, **environment: str) -> str:
         env={**os.environ, "PYTHONPATH": search_path, "HF_HUB_OFFLINE": "1", **environment},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=550,
     )
     assert result.returncode == 0, result.stderr
-    return result.stdout
+    return result.stdout + result.stderr if all_output else result.stdout
 
 
 def tree(folder: Path) -> dict[str, bytes]:

@@ -350,6 +350,8 @@ def tiny_teacher(path: Path, **unet) -> Path:
     (["--num_students", 11], ["num_students", "11", "1 to 10"]),
     (["--num_students", 0], ["num_students", "0"]),
     (["--num_students", 2, "--student_index", 2], ["student_index", "2", "0 to 1"]),
+    (["--push_to_hub"], ["hub_license", "apache-2.0"]),
+    (["--push_to_hub", "--hub_license", "mit", "--hub_model_id", "../elsewhere"], ["repo_id", "../elsewhere"]),
     (["--student_channels", 4, 8], ["stages", "tsm", "--student_init inherit", "--allow_random_student"]),
     (["--student_channels", 4, 7, "--stages", "tsm", "dm"], ["student_channels", "[4, 7]"]),
     (["--student_channels", 8, 32, "--student_init", "inherit", "--stages", "tsm"], ["student_channels", "32", "16"]),

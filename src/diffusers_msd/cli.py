@@ -6,6 +6,7 @@ Exit status: 0 done, 2 bad input or a file that is not there (one line on stderr
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import subprocess
@@ -13,14 +14,16 @@ import sys
 from pathlib import Path
 
 import torch
+from transformers import HfArgumentParser
 
-from . import __version__
+from . import __version__, publishing
 from .config import run_script
 from .files import check_writable
 from .grids import save_grid
 from .image_requests import Accepted, condition_arguments, make_images
 from .pipeline_info import describe, pipeline_info
 from .pipeline_msd import MultiStudentPipeline
+from .serve_config import ServeConfig
 
 
 # Where the scripts lie in a clone that was installed with `pip install -e`.
@@ -93,9 +96,38 @@ def route(arguments: argparse.Namespace):
 
 
 def info(arguments: argparse.Namespace):
-    """Shows students, sizes, the router's parts and what training cost."""
-    found = pipeline_info(arguments.pipeline)
+    """Shows students, sizes, the router's parts, what training cost, and metrics."""
+    found = pipeline_info(arguments.pipeline, arguments.results)
     print(json.dumps(found, indent=2) if arguments.json else describe(found))
+
+
+def push(arguments: argparse.Namespace):
+    """Publishes a saved pipeline, or one student, on the Hub, with a card of what the run recorded."""
+    shared = ("license", "student", "private", "results", "prompts", "teacher")
+    given = {name: vars(arguments)[name] for name in shared}
+    print(publishing.push(arguments.pipeline, arguments.repo_id, **given).commit_url)
+
+
+def demo(arguments: argparse.Namespace):
+    """Opens a page in the browser: images, who made them, the map of all parts. Needs the extra `demo`."""
+    # Gradio is an extra.
+    from . import app
+    from .many_steps import ManyStepTeacher
+
+    arguments.pipeline = arguments.pipeline or app.quickstart_pipeline()
+    prompts = None if arguments.prompts is None else app.read_prompts(arguments.prompts)
+    pipe = open_pipeline(arguments)
+    teacher = None if arguments.teacher is None else ManyStepTeacher(arguments.teacher, pipe)
+    app.launch(pipe, prompts, teacher, host=arguments.host, port=arguments.port, share=arguments.share)
+
+
+def serve(arguments: argparse.Namespace):
+    """Serves a pipeline over HTTP with Ray, each student with replicas of its own. Needs the extra `serve`."""
+    # Ray is an extra.
+    from .serve import run
+
+    config = ServeConfig(**{field.name: vars(arguments)[field.name] for field in dataclasses.fields(ServeConfig)})
+    run(arguments.pipeline, config, arguments.host, arguments.port, arguments.address, arguments.metrics_port)
 
 
 def quickstart(arguments: argparse.Namespace):
@@ -109,8 +141,8 @@ def quickstart(arguments: argparse.Namespace):
     sys.exit(subprocess.run([sys.executable, str(script), "--output_dir", arguments.output_dir]).returncode)
 
 
-def add_pipeline(parser: argparse.ArgumentParser):
-    parser.add_argument("pipeline", help="folder or Hub id of a MultiStudentPipeline")
+def add_pipeline(parser: argparse.ArgumentParser, **kwargs):
+    parser.add_argument("pipeline", help="folder or Hub id of a MultiStudentPipeline", **kwargs)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device, help="of the networks (default: %(default)s)")
     types = ["float32", "float16", "bfloat16"]
@@ -152,7 +184,34 @@ def build_parser() -> Parser:
 
     command = add(info)
     command.add_argument("pipeline", help="folder or Hub id of a MultiStudentPipeline")
+    found = "default: results.json in the folder, in its results/ or in results/ beside it"
+    command.add_argument("--results", help=f"results.json of an evaluation, for the metrics ({found})")
     command.add_argument("--json", action="store_true", help="print JSON")
+
+    command = add(push)
+    command.add_argument("pipeline", help="folder of a saved MultiStudentPipeline")
+    command.add_argument("repo_id", help="where to: owner/name")
+    command.add_argument("--license", help="identifier of the Hub, such as apache-2.0; needed")
+    command.add_argument("--student", type=int, help="this one alone, as a model of stock diffusers")
+    command.add_argument("--private", action="store_true", default=None, help="if the repository is new")
+    command.add_argument("--results", help=f"results.json of an evaluation, for the card ({found})")
+    command.add_argument("--prompts", nargs="+", help="shown in the card's picture, for pipelines that take prompts")
+    command.add_argument("--teacher", help="its Hub id, for the card")
+
+    command = add(demo)
+    add_pipeline(command, nargs="?")
+    command.add_argument("--prompts", help="text file with a prompt a line, for the map and as examples")
+    command.add_argument("--teacher", help="folder or Hub id of the teacher, to compare with")
+    command.add_argument("--host", help="address to listen at (default: 127.0.0.1, this machine alone)")
+    command.add_argument("--port", type=int, help="default: the first free one from 7860 on")
+    command.add_argument("--share", action="store_true", help="make a public link, over Gradio's servers")
+
+    command = add(serve, parents=[HfArgumentParser(ServeConfig, add_help=False)])
+    command.add_argument("pipeline", help="folder or Hub id of a MultiStudentPipeline")
+    command.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine alone)")
+    command.add_argument("--port", type=int, default=8000, help="default: %(default)s")
+    command.add_argument("--address", default="local", help="of a Ray cluster, or auto; local starts Ray here")
+    command.add_argument("--metrics_port", type=int, help="of Prometheus metrics, for a Ray that is started here")
     return parser
 
 

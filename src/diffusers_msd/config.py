@@ -44,6 +44,22 @@ def parse_config(dataclass_types: Sequence[type], description: str, argv: list[s
     return tuple(parsed[: len(dataclass_types)])
 
 
+def parse_own(dataclass_type: type, description: str, argv: list[str] | None = None) -> tuple:
+    """Reads the flags of one dataclass, for a script that hands all others on to another script.
+
+    Args:
+        dataclass_type, description, argv: as for `parse_config`.
+
+    Returns:
+        An instance, and the other arguments in their order.
+
+    Raises:
+        ValueError: a value the dataclass refuses.
+    """
+    parser = _Parser([dataclass_type], description=description, allow_abbrev=False)
+    return parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+
+
 class _Parser(HfArgumentParser):
     def error(self, message: str):
         """Instead of argparse's pages of usage."""

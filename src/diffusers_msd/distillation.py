@@ -2,12 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """One run of multi-student distillation: what K students share, and the stages of each."""
 
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 from diffusers import ModelMixin
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from .adapters import AdapterConfig, LoraStudent, lora_network
 from .checkpoint import load_weights
@@ -17,10 +18,11 @@ from .data import DataConfig
 from .denoiser import Denoiser, denoiser_for
 from .draws import derive_seed
 from .feature_net import FeatureNet
-from .files import check_writable, fingerprint, load_model, model_fingerprint, write_json
+from .files import check_writable, fingerprint, load_model, model_fingerprint, public_name, write_json
 from .objectives import PERCEPTUAL
 from .pairs import PairDataset, pairs_account
 from .pipeline_msd import SLOTS, MultiStudentPipeline
+from .run_report import run_sections
 from .runs import PAIRS_FILE, claim_run
 from .schedule import NoiseSchedule
 from .stage_config import StageConfig
@@ -30,6 +32,10 @@ from .teachers import load_teacher
 from .training import Trainer
 from .training_config import TrainingConfig, autocast_dtype, create_accelerator
 from .validation import Validation
+
+
+# Seconds to wait for a job that trains the same student: one that was stopped may still write its checkpoint.
+STOPPING = 180
 
 
 @dataclass
@@ -70,6 +76,9 @@ class MSDConfig:
     )
     push_to_hub: bool = field(default=False, metadata={"help": "Push the finished pipeline to the Hub."})
     hub_model_id: str | None = field(default=None, metadata={"help": "Its repository; default: the folder's name."})
+    hub_license: str | None = field(
+        default=None, metadata={"help": "Its licence, an identifier of the Hub such as apache-2.0; needed to push."}
+    )
     hub_token: str | None = field(default=None, metadata={"help": "Token to push with; default: the saved login."})
 
 
@@ -166,7 +175,7 @@ class Run:
         probe = denoiser_for(teacher, self.schedule)
         for name, settings in stages:
             build_stage(name, probe, probe, probe, self.conditions.part(self.parts[0]), settings)
-        claim_run(self.output_dir, self._shared_settings(assigned))
+        claim_run(self.output_dir, self._shared_settings(assigned), self._about(data))
 
         self.accelerator = create_accelerator(training, self.output_dir)
         if self.accelerator.is_main_process:
@@ -222,7 +231,23 @@ class Run:
         return denoiser_for(model, self.schedule, null_cond=self.conditions.null, autocast_dtype=self.dtype).eval()
 
     def train_student(self, k: int):
-        """Runs the stages of student k, each from the weights of the one before."""
+        """Runs the stages of student k, each from the weights of the one before.
+
+        Raises:
+            ValueError: another process trains this student in the same folder, for `STOPPING` seconds more.
+        """
+        path = self.output_dir / f"student_{k}.lock"
+        alone = FileLock(path, timeout=STOPPING) if self.accelerator.is_main_process else nullcontext()
+        try:
+            with alone:
+                self._run_stages(k)
+        except Timeout as error:
+            raise ValueError(
+                f"output_dir: another process trains student {k} in {self.output_dir}; wait for its end, or use "
+                "another folder"
+            ) from error
+
+    def _run_stages(self, k: int):
         count = len(self.config.stages)
         seed = self.training.seed
         previous: Path | None = None
@@ -312,14 +337,19 @@ class Run:
             pipe = MultiStudentPipeline(
                 scheduler=self.scheduler, router=self.router, **self.conditions.components(), **students
             )
-            pipe.model_card_details = self._card()
+            pipe.model_card_details = run_sections(self.output_dir)
             pipe.save_pretrained(self.output_dir)
             return pipe
 
-    def _card(self) -> str:
-        stages = " -> ".join(self.config.stages).upper()
-        partition = self.condition.router or self.condition.partition or self.conditions.default_partition
-        return (
-            f"## Training\n\nTeacher: `{Path(self.config.pretrained_teacher_model).name}` (fingerprint "
-            f"`{self.fingerprint[:12]}`). Stages: {stages}. Partition: {partition}. Seed: {self.training.seed}."
-        )
+    def _about(self, data: DataConfig) -> dict:
+        """What the model card says besides; folders by their names alone, it may become public."""
+        images = self.condition.captions_dir or data.dataset_name or data.train_data_dir
+        if self.condition.router is not None:
+            partition = f"the router {public_name(self.condition.router)}"
+        else:
+            partition = self.condition.partition or self.conditions.default_partition
+        return {
+            "teacher": public_name(self.config.pretrained_teacher_model),
+            "data": public_name(images) if "images" in self.datasets else None,
+            "partition": partition,
+        }

@@ -234,6 +234,11 @@ def _is_local(path: str | Path) -> bool:
     return len(Path(path).parts) == 2 and Path(path).parent.is_dir()
 
 
+def public_name(path: str | Path) -> str:
+    """What a folder or Hub id may be called in public: a Hub id as it is, a local folder by its own name alone."""
+    return Path(path).resolve().name if _is_local(path) else str(path)
+
+
 def load_model(cls: type, path: str | Path, argument: str, **kwargs):
     """`cls.from_pretrained` from safetensors only, with errors that say which argument is wrong and how.
 

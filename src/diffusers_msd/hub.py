@@ -1,6 +1,6 @@
 # Copyright 2026 The diffusers_msd authors.
 # SPDX-License-Identifier: Apache-2.0
-"""What a pipeline needs around its weights: to be known to diffusers, saved whole, described by a card, and pushed."""
+"""What a pipeline needs around its weights: to be known to diffusers, saved whole, and uploaded."""
 
 import json
 import os
@@ -9,20 +9,26 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory, mkdtemp
 
 import diffusers
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline
 from diffusers.utils import logging
-from huggingface_hub import CommitInfo, ModelCard, ModelCardData, create_repo, hf_hub_download, upload_folder
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    create_commit,
+    create_repo,
+    hf_hub_download,
+    list_repo_files,
+)
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from safetensors import SafetensorError
 
-from .adapters import base_of
-from .embedding_routing import EmbeddingRouter
 from .files import atomic_directory, check_writable
-from .routing import ClassRouter, ConditionRouter
+from .model_card import is_own_card, model_card
 
 
 logger = logging.get_logger(__name__)
@@ -30,57 +36,8 @@ logger = logging.get_logger(__name__)
 # `owner/name`.
 REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
-# A card with this line is ours to rewrite at the next save; one without it was written by somebody and is kept.
-CARD_MARK = "<!-- Written by diffusers_msd at each save. Remove this line to keep your own text. -->"
-
 # `diffusion_pytorch_model.fp16-00001-of-00002.safetensors`, `model.safetensors.index.fp16.json`, ...
 WEIGHTS_NAME = re.compile(r"\w+(?:\.(\w+))?(?:-\d{5}-of-\d{5})?\.safetensors(?:\.index(?:\.(\w+))?\.json)?")
-
-CARD = """
-{mark}
-# {title}
-
-{total} {steps}-step students behind one pipeline, distilled from one teacher (multi-student distillation,
-[arXiv 2410.23274](https://huggingface.co/papers/2410.23274)). The router picks the student that serves a {condition},
-and that student makes the image in {calls}.
-
-## Use
-
-```python
-from diffusers_msd import MultiStudentPipeline
-
-pipe = MultiStudentPipeline.from_pretrained("{name}")  # this folder, or its repo id on the Hub
-images = pipe({example}, num_images_per_prompt=4).images
-```
-
-`MultiStudentPipeline.from_pretrained("{name}", unet_1=None)` leaves student 1 out: it is not even downloaded.
-`DiffusionPipeline.from_pretrained` of diffusers loads all of them once `diffusers_msd` is imported.
-{alone}
-
-## Students
-
-| student | parameters |
-|---|---|
-{students}
-| total | {parameters:,} |
-
-Parts of the router ({router}):
-
-```
-{parts}
-```
-{details}"""
-
-
-ALONE = """Each student is also an ordinary model of its own:
-`{model_class}.from_pretrained("{name}", subfolder="unet_{first}")`."""
-
-ALONE_LORA = """Students are LoRA adapters on the one network in `unet`. `pipe.fuse_student({first})` gives one as a
-network of its own, as does `LoraStudent.from_pretrained("{name}", subfolder="unet_{first}").fuse(unet)`.{stock}"""
-
-STOCK_LORA = """
-In a `StableDiffusionPipeline` with this `unet`, an adapter is loaded by
-`load_lora_weights("{name}", subfolder="unet_{first}", weight_name="diffusion_pytorch_model.safetensors")`."""
 
 
 def register_classes(pipeline_class: type[DiffusionPipeline]) -> None:
@@ -155,113 +112,65 @@ def _move_over(staged: Path, target: Path, variant: str | None, index_name: str)
     os.replace(staged / index_name, target / index_name)
 
 
-def is_own_card(path: Path) -> bool:
-    """Whether the card at `path` may be rewritten: it is absent, or it was written by us."""
-    return not path.exists() or CARD_MARK in path.read_text(encoding="utf-8")
-
-
-def model_card(pipe: DiffusionPipeline, name: str) -> ModelCard:
-    """The card of a `MultiStudentPipeline`: how to load it, its students, the parts of its router.
-
-    Args:
-        pipe: the pipeline.
-        name: what `from_pretrained` shall be given in the usage snippet.
-
-    Raises:
-        ValueError: the pipeline has no router, scheduler or students.
-    """
-    counts = {k: getattr(pipe, f"unet_{k}").num_parameters() for k in pipe.students}
-    if pipe.router is None or pipe.scheduler is None or not counts:
-        raise ValueError("router, scheduler, unet_0: a pipeline without these cannot be saved")
-    first = min(counts)
-    takes_prompts = isinstance(pipe.students[first], UNet2DConditionModel)
-    most_steps = len(pipe.timesteps)
-    steps = "one" if most_steps == 1 else "few"
-    data = ModelCardData(
-        library_name="diffusers",
-        pipeline_tag="text-to-image" if takes_prompts else "unconditional-image-generation",
-        tags=[
-            *("diffusers", "diffusers_msd", "multi-student-distillation", f"{steps}-step"),
-            "text-to-image" if takes_prompts else "class-conditional",
-        ],
-    )
-    model_class = type(pipe.students[first]).__name__
-    rows = [f"| `unet_{k}` | {count:,} |" for k, count in counts.items()]
-    total, alone = sum(counts.values()), ALONE
-    if pipe.unet is not None:
-        alone = ALONE_LORA.replace("{stock}", STOCK_LORA if takes_prompts else "")
-        base = base_of(pipe.unet).num_parameters()
-        rows, total = [f"| `unet`, for all | {base:,} |", *rows], base + total
-    text = CARD.format(
-        mark=CARD_MARK,
-        title=name.split("/")[-1],
-        total=pipe.router.num_students,
-        steps=steps,
-        condition="prompt" if takes_prompts else "class label",
-        calls="a single network call" if most_steps == 1 else f"at most {most_steps} network calls",
-        name=name,
-        example='"a red apple"' if takes_prompts else f"class_labels=[{_example_label(pipe.router, first)}]",
-        alone=alone.format(model_class=model_class, name=name, first=first),
-        students="\n".join(rows),
-        parameters=total,
-        router=type(pipe.router).__name__,
-        parts=describe_parts(pipe.router),
-        details=f"\n{pipe.model_card_details.strip()}\n" if pipe.model_card_details else "",
-    )
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
-
-
-def _example_label(router: ConditionRouter, k: int) -> int:
-    return int(router.classes(k)[0]) if isinstance(router, ClassRouter) else 0
-
-
-def describe_parts(router: ConditionRouter) -> str:
-    """The parts of a router in words, a line each."""
-    if isinstance(router, ClassRouter):
-        return router.report()
-    if not isinstance(router, EmbeddingRouter):
-        return f"{router.num_students} students"
-    sizes = [f"student {k}: {size:,} prompts" for k, size in enumerate(router.part_sizes)]
-    kind = f"{router.config.kind}, imbalance (largest part over mean part) {router.imbalance:.3f}"
-    return "\n".join([kind, *sizes])
+def component_files(folder: str | Path, components: list[str]) -> dict[str, Path]:
+    """All files of some components of a saved pipeline, {path in the pipeline: file}; no other ones beside them."""
+    folder = Path(folder)
+    files = [file for name in components for file in sorted((folder / name).rglob("*")) if file.is_file()]
+    return {file.relative_to(folder).as_posix(): file for file in files}
 
 
 def upload(
-    folder: str | Path,
+    files: dict[str, Path | bytes],
     repo_id: str,
-    entries: list[str],
     token: str | None = None,
     commit_message: str | None = None,
     create_pr: bool = False,
     subfolder: str | None = None,
 ) -> CommitInfo:
-    """Uploads a saved pipeline and nothing else that lies in its folder; a card somebody wrote on the Hub stays.
+    """Uploads files in one commit; a card somebody wrote on the Hub stays.
+
+    Weights are stored before the commit that shows them, so an upload that is interrupted leaves the repository as it
+    was, and the next one does not send again what has arrived. (`huggingface_hub.upload_folder` may commit in pieces.)
+    Old weights that are in the way of the new ones are removed by the same commit.
 
     Args:
-        folder: where the pipeline was saved.
+        files: {path in the repository: file, or its content}.
         repo_id: an existing repository.
-        entries: the files and folders of the pipeline.
-        token, commit_message, create_pr: as for `huggingface_hub.upload_folder`.
+        token, commit_message, create_pr: as for `huggingface_hub.create_commit`.
         subfolder: where in the repository; its root if None.
 
     Returns:
         The `CommitInfo` of huggingface_hub.
     """
     try:
-        card = hf_hub_download(repo_id, "README.md", subfolder=subfolder, token=token)
-        keep_card = not is_own_card(Path(card))
+        card = Path(hf_hub_download(repo_id, "README.md", subfolder=subfolder, token=token))
+        if not is_own_card(card):
+            logger.warning(f"README.md of {repo_id} was written by somebody, so it stays as it is.")
+            files = {path: content for path, content in files.items() if path != "README.md"}
     except EntryNotFoundError:
-        keep_card = False
-    return upload_folder(
-        repo_id=repo_id,
-        folder_path=folder,
-        path_in_repo=subfolder,
+        pass
+    files = {str(PurePosixPath(subfolder or "", path)): content for path, content in files.items()}
+    operations = [CommitOperationAdd(path_in_repo=path, path_or_fileobj=content) for path, content in files.items()]
+    operations += [CommitOperationDelete(path) for path in _old_weights(files, repo_id, token)]
+    return create_commit(
+        repo_id,
+        operations,
         token=token,
         commit_message=commit_message or "Upload MultiStudentPipeline",
         create_pr=create_pr,
-        allow_patterns=[pattern for entry in entries for pattern in (entry, f"{entry}/*")],
-        ignore_patterns=["README.md"] if keep_card else None,
     )
+
+
+def _old_weights(files: dict, repo_id: str, token: str | None) -> list[str]:
+    # Shards and their index, or a whole file, of an earlier upload: loaders would take them for the new weights.
+    new = {_weights_kind(path) for path in files} - {None}
+    return [path for path in list_repo_files(repo_id, token=token) if path not in files and _weights_kind(path) in new]
+
+
+def _weights_kind(path: str) -> tuple | None:
+    # What the files of one model have in common: folder, beginning of the name, variant.
+    match = WEIGHTS_NAME.fullmatch(PurePosixPath(path).name)
+    return match and (PurePosixPath(path).parent, re.match(r"\w+", match[0])[0], match[1] or match[2])
 
 
 class SafePipeline(DiffusionPipeline):
@@ -352,8 +261,9 @@ class SafePipeline(DiffusionPipeline):
             card.save(staged / "README.md")
         if push_to_hub:
             saved = [name for name, component in self.components.items() if component is not None]
-            entries = [self.config_name, "README.md", *saved]
-            return upload(save_directory, repo_id, entries, token=token, **upload_kwargs)
+            files = {name: Path(save_directory, name) for name in (self.config_name, "README.md")}
+            files |= component_files(save_directory, saved)
+            return upload(files, repo_id, token=token, **upload_kwargs)
 
     def push_to_hub(
         self,
@@ -367,6 +277,8 @@ class SafePipeline(DiffusionPipeline):
         subfolder: str | None = None,
     ) -> CommitInfo:
         """Uploads the pipeline with its model card; diffusers' own method would put a general card in its place.
+
+        `publishing.push` does the same for a saved pipeline, with a licence, a picture and results in the card.
 
         Arguments as for `PushToHubMixin.push_to_hub` of diffusers; errors as for `save_pretrained`.
 

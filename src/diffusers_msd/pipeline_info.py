@@ -6,26 +6,30 @@ from pathlib import Path
 
 from .account import storage_bytes
 from .denoiser import num_classes
-from .hub import describe_parts
+from .model_card import describe_parts
 from .pipeline_msd import MultiStudentPipeline
+from .run_report import METRICS, read_results
 from .runs import training_record
 
 
-def pipeline_info(path: str) -> dict:
+def pipeline_info(path: str, results: str | None = None) -> dict:
     """Loads a pipeline and says what it is.
 
     Args:
         path: its folder, or Hub id.
+        results: results.json of an evaluation with this pipeline; None looks for one in its folder and beside it.
 
     Returns:
         "pipeline", "students" ({name: parameters}), "family" (class of the networks), "conditions" ("prompts", or "N
         classes"), "timesteps", "image_shape" (C, H, W of the samples), "router" (class and parts in words),
         "parameters" (of one call), "parameters_total", "storage_bytes" (None for a Hub id), "training" (see
-        `training_record`; empty if the folder is no run).
+        `training_record`; empty if the folder is no run), "metrics" (the row of an evaluation, see docs/method.md, with
+        its "protocol"; None if there is none).
 
     Raises:
-        FileNotFoundError, ValueError: as for `MultiStudentPipeline.from_pretrained`.
+        FileNotFoundError, ValueError: as for `MultiStudentPipeline.from_pretrained`, or `results` has no such row.
     """
+    measured = read_results(results, Path(path))
     pipe = MultiStudentPipeline.from_pretrained(path)
     first = next(iter(pipe.students.values()))
     parameters, total = pipe.count_parameters()
@@ -41,6 +45,7 @@ def pipeline_info(path: str) -> dict:
         "parameters_total": total,
         "storage_bytes": storage_bytes(path),
         "training": training_record(Path(path)),
+        "metrics": {**measured[0], "protocol": measured[1]["protocol"]} if measured else None,
     }
 
 
@@ -56,8 +61,17 @@ def describe(info: dict) -> str:
         f"  router      {info['router']['class']}",
         *(f"    {line}" for line in info["router"]["parts"]),
         f"  training    {_describe_training(info['training'])}",
+        f"  metrics     {_describe_metrics(info['metrics'])}",
     ]
     return "\n".join(lines)
+
+
+def _describe_metrics(row: dict | None) -> str:
+    if row is None:
+        return "no results.json of an evaluation was found; --results names one"
+    return (
+        ", ".join(f"{title} {row[key]:.4g}" for key, title in METRICS.items() if key in row) + f"; {row['protocol']}"
+    )
 
 
 def _describe_training(record: dict) -> str:

@@ -16,11 +16,16 @@ RUN_FILE = "run.json"
 PAIRS_FILE = "pairs.json"
 
 
-def claim_run(output_dir: Path, settings: dict):
+def claim_run(output_dir: Path, settings: dict, about: dict | None = None):
     """Marks a folder as belonging to a run, or checks that it is this one's.
 
     Jobs of single students share a folder, so the same settings may claim it again and again; each student's stage
     folder refuses a second start of its own.
+
+    Args:
+        output_dir: the folder.
+        settings: what all jobs of the run must have in common.
+        about: what else is to be known of the run; kept as "about", as the first job had it.
 
     Raises:
         ValueError: the folder belongs to a run with other settings.
@@ -28,7 +33,7 @@ def claim_run(output_dir: Path, settings: dict):
     path = Path(output_dir) / RUN_FILE
     with FileLock(f"{path}.lock"):
         if not path.exists():
-            write_json(path, settings)
+            write_json(path, {**settings, "about": about or {}})
             return
         saved = json.loads(path.read_text())
         for name, value in settings.items():
@@ -39,11 +44,16 @@ def claim_run(output_dir: Path, settings: dict):
                 )
 
 
+def run_settings(run: Path) -> dict:
+    """What `claim_run` recorded of a run; empty for a folder that is no run."""
+    return json.loads((run / RUN_FILE).read_text()) if (run / RUN_FILE).is_file() else {}
+
+
 def _stage_folders(run: Path) -> dict[str, list[Path]]:
     """The finished stages of each student of a run, in the order they ran."""
-    if not (run / RUN_FILE).is_file():
+    settings = run_settings(run)
+    if not settings:
         return {}
-    settings = json.loads((run / RUN_FILE).read_text())
     return {
         f"student_{k}": [run / f"student_{k}" / stage for stage in settings["stages"]]
         for k in range(settings["num_students"])

@@ -218,9 +218,14 @@ class StudentSlots(SafePipeline):
             attach(self.unet, {SLOTS[k]: unet}, replace=True)
         self.register_modules(**{SLOTS[k]: unet})
 
+    @property
+    def student_parameters(self) -> dict[int, int]:
+        """How many parameters each student that is present has, {k: number}; of a LoRA student its adapter alone."""
+        return {k: member.num_parameters() for k, member in self._members.items()}
+
     def count_parameters(self) -> tuple[int, int]:
         """Parameters of the largest network that makes an image, and of all students with what they share."""
-        sizes = [member.num_parameters() for member in self._members.values()]
+        sizes = self.student_parameters.values()
         shared = 0 if self.unet is None else base_of(self.unet).num_parameters()
         return shared + max(sizes), shared + sum(sizes)
 
