@@ -3,9 +3,16 @@
 """The demo as people use it: in headless Chromium, on a page that a real server sends."""
 
 import io
+import os
 import re
 import shutil
+import socket
+import subprocess
+import sys
 import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,19 +27,26 @@ from diffusers_msd.teachers import save_teacher
 
 
 pytestmark = pytest.mark.services
+ROOT = Path(__file__).parent.parent
 PROMPTS = ["a cat", "zebra", "a boat", "moon"]
 # Long: nothing here is about speed, and the machine may be busy.
 TIMEOUT = 120_000
 expect.set_options(timeout=TIMEOUT)
 
 
-@pytest.fixture(scope="module")
-def browser():
+@contextmanager
+def headless_chromium():
     quiet = "--headless=new --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync"
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=quiet.split())
         yield chromium
         chromium.close()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with headless_chromium() as chromium:
+        yield chromium
 
 
 @pytest.fixture(scope="module")
@@ -264,3 +278,45 @@ def test_enter_submits_a_prompt_and_a_seed(visit, prompts):
         page.keyboard.press("Enter")
     expect(page.locator("#images img[alt='seed 5']")).to_be_visible()
     assert same(gallery(page, "images", 4), make_images(pipe, ImageRequest("zebra", 5, 4)).images)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def test_the_recipe_of_a_space_runs(visit, tmp_path):
+    recipe = (ROOT / "docs" / "recipes" / "space.md").read_text()
+    (program,) = re.findall(r"`app\.py`:\n\n```python\n(.*?)```", recipe, re.DOTALL)
+    tiny_pipeline(2).save_pretrained(tmp_path / "pipeline")
+    (tmp_path / "app.py").write_text(program.replace("your-name/digits-msd", str(tmp_path / "pipeline")))
+    port = free_port()
+    environment = {**os.environ, "GRADIO_SERVER_PORT": str(port), "PYTHONPATH": str(ROOT / "src")}
+    with (tmp_path / "log").open("wb") as log:
+        space = subprocess.Popen(
+            [sys.executable, "app.py"], cwd=tmp_path, env=environment, stdout=log, stderr=subprocess.STDOUT
+        )
+    try:
+        while f"127.0.0.1:{port}" not in (tmp_path / "log").read_text():
+            assert space.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.2)
+        page = visit(f"http://127.0.0.1:{port}")
+        expect(page.get_by_role("heading", name="pipeline")).to_be_visible()
+        make(page)
+        expect(page.get_by_text("Student 0 answered")).to_be_visible()
+    finally:
+        space.kill()
+        space.wait()
+
+
+def test_the_requirements_of_a_space_are_those_of_the_package():
+    recipe = (ROOT / "docs" / "recipes" / "space.md").read_text()
+    (listed,) = re.findall(r"`requirements\.txt`.*?```\n(.*?)```", recipe, re.DOTALL)
+    setup = (ROOT / "setup.py").read_text()
+    core, demo = (re.search(rf"{name} ?\[(.*?)\]", setup, re.DOTALL)[1] for name in ("core =", '"demo":'))
+    needed = re.findall(r'"(.*?)"', core + demo)
+    # Gradio is the Space's own, of the version in its README.
+    assert listed.split() == [line for line in needed if not line.startswith("gradio")]
+    (version,) = re.findall(r"sdk_version: (.*)", recipe)
+    assert f"gradio=={version}" in (ROOT / "constraints.txt").read_text().splitlines()

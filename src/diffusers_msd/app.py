@@ -35,7 +35,7 @@ EXAMPLES = [
 MAX_PROMPTS = 1000
 # Requests that may wait; who comes later is told so.
 MAX_WAITING = 32
-# Images up to this side are shown with sharp pixels, in pixels.
+# Images up to so many pixels a side are shown enlarged, with sharp pixels.
 SMALL = 64
 # What the choices of the page are called inside; students are called by their numbers.
 ROUTER, NOTHING, TEACHER = "router", "nothing", "teacher"
@@ -232,7 +232,7 @@ def build_demo(
                 condition = condition_input(pipe, routing_map)
                 with gr.Row():
                     seed = gr.Number(0, label="Seed of the first image", min_width=120)
-                    count = gr.Slider(1, max_images, 4, step=1, label="Images", min_width=120)
+                    count = gr.Slider(1, max_images, min(4, max_images), step=1, label="Images", min_width=120)
                 student = choice([("automatic", ROUTER), *students], "Student")
                 compare = choice([("nothing", NOTHING), *others, *students], "Compare with")
                 button = gr.Button("Make images", variant="primary")
