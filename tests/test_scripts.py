@@ -148,7 +148,7 @@ def test_distilled_run_leaves_students_checkpoints_logs_grids_and_a_pipeline(sam
         # The stage starts from the one before, and the pipeline's student is the last one.
         assert different(same_size / f"unet_{k}", same_size / f"student_{k}" / "adm" / "final" / "student") == []
     card = (same_size / "README.md").read_text()
-    assert "DM -> ADM" in card and "consecutive" in card
+    assert "DM (distribution matching), then ADM" in card and "consecutive" in card
 
 
 @pytest.mark.parametrize("name", ["same_size", "smaller"])
