@@ -124,6 +124,14 @@ def test_a_second_driver_of_a_run_is_refused(tmp_path):
             site.check()
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "nobody.invalid:6379", "127.0.0.1", "127.0.0.1:port", ""])
+def test_an_address_where_nobody_answers_is_refused_at_once(address):
+    fleet = pytest.importorskip("diffusers_msd.fleet")
+    with pytest.raises(ValueError, match="^address: local, auto or host:port"):
+        with fleet.connect(address):
+            pass
+
+
 # ------------------------------------------------------------------ lifeline
 
 

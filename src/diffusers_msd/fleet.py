@@ -3,6 +3,7 @@
 """K students side by side: a job of `train_msd.py` for each, placed by Ray and started again when it dies."""
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -112,8 +113,12 @@ def connect(address: str) -> Iterator[None]:
         ValueError: nobody answers at the address.
     """
     try:
+        if address not in ("local", "auto"):
+            # Ray itself tries for many minutes.
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"address: local, auto or host:port of a Ray cluster expected: {error}") from error
     try:
         yield
