@@ -123,9 +123,12 @@ def demo(arguments: argparse.Namespace):
 
 def serve(arguments: argparse.Namespace):
     """Serves a pipeline over HTTP with Ray, each student with replicas of its own. Needs the extra `serve`."""
-    # Ray is an extra.
-    from .serve import run
-
+    try:
+        from .serve import run
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"{error.name}: serving needs the extra serve: pip install 'diffusers_msd[serve]'"
+        ) from error
     config = ServeConfig(**{field.name: vars(arguments)[field.name] for field in dataclasses.fields(ServeConfig)})
     run(arguments.pipeline, config, arguments.host, arguments.port, arguments.address, arguments.metrics_port)
 

@@ -3,7 +3,7 @@
 """A pipeline behind HTTP on Ray Serve: one deployment per student, and an ingress that reads, embeds and routes.
 
     pip install 'diffusers_msd[serve]'
-    python -c "from diffusers_msd.serve import ServeConfig, run; run('PATH', ServeConfig())"
+    diffusers-msd serve PATH
 
 Load on one part of the conditions is load on one deployment, which has replicas, a queue and batches of its own.
 """
