@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -95,7 +96,9 @@ class Driver:
         self.run, self.output = run, run.with_name(f"{run.name}.driver")
         command = [sys.executable, str(SCRIPTS / "train_students_ray.py"), *arguments, "--output_dir", str(run)]
         with self.output.open("ab") as file:
-            self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+            # Where a shell started the tests in the background, its children ignore Ctrl-C.
+            heard = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+            self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, preexec_fn=heard)
 
     def trainer(self, k: int) -> psutil.Process | None:
         """The process that trains student k, if there is one."""

@@ -18,6 +18,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import ray
+import torch
 import yaml
 from helpers import random_prompts, tiny_pipeline, tiny_text_pipeline
 from ray import serve
@@ -52,6 +53,15 @@ def wait_until(condition, seconds: float = 180):
         assert time.monotonic() < end, f"not within {seconds} s"
         time.sleep(0.2)
     return value
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As the replicas have: with another number, the last bits differ."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
