@@ -68,7 +68,9 @@ class Experiment:
         if unknown := set(config.variants) - set(variants):
             raise ValueError(f"variants: some of {', '.join(variants)} expected, got {', '.join(sorted(unknown))}")
         self.name, self.config = name, config
-        self.variants = {variant: variants[variant] for variant in config.variants or variants}
+        # Four rows show that it runs.
+        rows = config.variants or list(variants)[: 4 if config.smoke else None]
+        self.variants = {variant: variants[variant] for variant in rows}
         self.expected = {claim: order for claim, order in expected.items() if set(order) <= set(self.variants)}
         self.root = check_writable(config.output_dir, "output_dir")
 
