@@ -128,7 +128,7 @@ ARROWS: dict[str, set[str]] = {
     "image_requests": {"denoiser", "pipeline_msd", "prompts"},
     "serve_config": set(),
     "serve_http": {"image_requests"},
-    "serve_student": {"pipeline_inputs", "pipeline_msd", "serve_config", "serve_http"},
+    "serve_student": {"image_requests", "pipeline_inputs", "pipeline_msd", "serve_config", "serve_http"},
     "serve": {
         "denoiser",
         "image_requests",

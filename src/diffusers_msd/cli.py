@@ -23,7 +23,7 @@ from .grids import save_grid
 from .image_requests import Accepted, condition_arguments, make_images
 from .pipeline_info import describe, pipeline_info
 from .pipeline_msd import MultiStudentPipeline
-from .serve_config import ServeConfig
+from .serve_config import DTYPES, ServeConfig
 
 
 # Where the scripts lie in a clone that was installed with `pip install -e`.
@@ -37,7 +37,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def open_pipeline(arguments: argparse.Namespace) -> MultiStudentPipeline:
-    dtype = vars(torch)[arguments.dtype]
+    dtype = DTYPES[arguments.dtype]
     pipe = MultiStudentPipeline.from_pretrained(arguments.pipeline, dtype=dtype).to(arguments.device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -148,8 +148,9 @@ def add_pipeline(parser: argparse.ArgumentParser, **kwargs):
     parser.add_argument("pipeline", help="folder or Hub id of a MultiStudentPipeline", **kwargs)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device, help="of the networks (default: %(default)s)")
-    types = ["float32", "float16", "bfloat16"]
-    parser.add_argument("--dtype", default="float32", choices=types, help="of the networks (default: %(default)s)")
+    parser.add_argument(
+        "--dtype", default="float32", choices=list(DTYPES), help="of the networks (default: %(default)s)"
+    )
 
 
 def build_parser() -> Parser:

@@ -6,6 +6,7 @@ The pipeline checks what it is called with. A door has less trust: amounts are b
 whole, and every refusal is one line that begins with the name of the field.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,11 @@ from .prompts import check_prompts
 
 # Whole numbers up to here survive JSON and a browser.
 MAX_SEED = 2**53 - 1
+
+
+def generators_of(seeds: Iterable[int]) -> list[torch.Generator]:
+    """One per seed, fresh; on the CPU, so a seed gives the same noise on every device."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 @dataclass(frozen=True)
@@ -41,8 +47,8 @@ class ImageRequest:
 
     @property
     def generators(self) -> list[torch.Generator]:
-        """One per image, fresh; on the CPU, so a seed gives the same noise on every device."""
-        return [torch.Generator().manual_seed(seed) for seed in self.seeds]
+        """One per image, see `generators_of`."""
+        return generators_of(self.seeds)
 
 
 @dataclass(frozen=True)

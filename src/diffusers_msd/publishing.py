@@ -19,7 +19,7 @@ from .denoiser import num_classes
 from .files import load_tensors
 from .grids import image_grid
 from .hub import component_files, upload
-from .image_requests import condition_arguments, whole
+from .image_requests import condition_arguments, generators_of, whole
 from .model_card import PICTURE, model_card, student_card
 from .pipeline_msd import SLOTS, MultiStudentPipeline
 from .prompts import check_prompts
@@ -232,8 +232,8 @@ def picture(pipe: MultiStudentPipeline, conditions: dict[int, list]) -> bytes:
     rows = []
     for own in conditions.values():
         chosen = [own[i * len(own) // columns] for i in range(columns)]
-        seeds = [torch.Generator().manual_seed(seed) for seed in range(columns)]
-        rows.append(pipe(**condition_arguments(pipe, chosen), generator=seeds, output_type="pt").images)
+        noise = generators_of(range(columns))
+        rows.append(pipe(**condition_arguments(pipe, chosen), generator=noise, output_type="pt").images)
     grid = image_grid(2 * torch.cat(rows) - 1, columns, min_side=64)
     grid.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
     buffer = io.BytesIO()

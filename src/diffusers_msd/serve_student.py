@@ -11,6 +11,7 @@ import torch
 from ray import serve
 from ray.serve.metrics import Counter, Histogram
 
+from .image_requests import generators_of
 from .pipeline_inputs import SLOTS
 from .pipeline_msd import MultiStudentPipeline
 from .serve_config import DTYPES, ServeConfig
@@ -94,7 +95,7 @@ def groups(jobs: list[Job], most: int) -> Iterator[list[Job]]:
 
 def arguments(jobs: list[Job]) -> dict:
     """What the pipeline is called with, one entry per image: its condition, and a generator of its own."""
-    generators = [torch.Generator().manual_seed(seed) for job in jobs for seed in job.seeds]
+    generators = generators_of(seed for job in jobs for seed in job.seeds)
     conditions = [job.condition for job in jobs for _ in job.seeds]
     if isinstance(conditions[0], torch.Tensor):
         return {"prompt_embeds": torch.cat(conditions), "generator": generators}
