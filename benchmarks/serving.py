@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A load test of serving on this machine: Ray Serve against a plain FastAPI wrapper of the same pipeline.
 
-    OMP_NUM_THREADS=1 python benchmarks/serving.py --path runs/quickstart --output runs/bench/serving.json
+    OMP_NUM_THREADS=1 python benchmarks/serving.py --path runs/quickstart/K2 --output runs/bench/serving.json
 
 Each case offers requests at a fixed rate, whether the answers come or not, over loopback, from this process:
 

@@ -137,6 +137,8 @@ def test_info_says_what_is_there(labels, capsys):
         (["demo"], "pipeline: "),
         (["demo", "LABELS", "--prompts", "no.txt"], "prompts: "),
         (["demo", "LABELS", "--teacher", "nosuchfolder"], "teacher: "),
+        (["demo", "LABELS", "--teacher", "nosuchfolder", "--num_inference_steps", "0"], "num_inference_steps: "),
+        (["demo", "LABELS", "--teacher", "nosuchfolder", "--guidance_scale", "2"], "guidance_scale: "),
         (["serve", "nosuchfolder"], "path: "),
         (["serve", "LABELS", "--deadline", "0"], "deadline: "),
         (["serve", "LABELS", "--replicas", "1", "2", "3"], "replicas: "),

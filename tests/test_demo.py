@@ -113,7 +113,7 @@ def test_one_step_of_a_teacher_is_what_its_copy_makes(tmp_path):
     pipe = tiny_pipeline(2)
     save_teacher(tmp_path / "classes", pipe.students[1], pipe.scheduler)
     request = ImageRequest(3, seed=5, num_images=3)
-    teacher = ManyStepTeacher(tmp_path / "classes", pipe, num_steps=1)
+    teacher = ManyStepTeacher(tmp_path / "classes", pipe, num_inference_steps=1)
     assert np.array_equal(pixels(teacher.make_images(request)), pixels(make_images(pipe, request).images))
     pipe = tiny_text_pipeline(tmp_path, 2)
     (student,) = pipe.route("a cat")
@@ -121,7 +121,7 @@ def test_one_step_of_a_teacher_is_what_its_copy_makes(tmp_path):
     request = ImageRequest("a cat", seed=5, num_images=2)
     own = pixels(make_images(pipe, request).images).astype(int)
     for guidance_scale, alike in ((1.0, True), (4.0, False)):
-        teacher = ManyStepTeacher(tmp_path / "prompts", pipe, num_steps=1, guidance_scale=guidance_scale)
+        teacher = ManyStepTeacher(tmp_path / "prompts", pipe, num_inference_steps=1, guidance_scale=guidance_scale)
         assert np.allclose(pixels(teacher.make_images(request)).astype(int), own, atol=1) == alike
 
 
@@ -142,8 +142,12 @@ def test_a_teacher_of_others_is_refused(tmp_path):
         ManyStepTeacher(tmp_path / "prompts", pipe)
     with pytest.raises(FileNotFoundError, match="^teacher: "):
         ManyStepTeacher(tmp_path / "nothing", pipe)
-    with pytest.raises(ValueError, match="^num_steps: "):
-        ManyStepTeacher(tmp_path / "classes", pipe, num_steps=0)
+    with pytest.raises(ValueError, match="^num_inference_steps: "):
+        ManyStepTeacher(tmp_path / "classes", pipe, num_inference_steps=0)
+    with pytest.raises(ValueError, match="^guidance_scale: it is for prompts"):
+        ManyStepTeacher(tmp_path / "classes", pipe, guidance_scale=2.0)
+    with pytest.raises(ValueError, match="^guidance_scale: a finite number"):
+        ManyStepTeacher(tmp_path / "prompts", tiny_text_pipeline(tmp_path, 2), guidance_scale=float("nan"))
 
 
 # Answers
@@ -153,7 +157,7 @@ def test_a_teacher_of_others_is_refused(tmp_path):
 def desk(tmp_path_factory):
     pipe, folder = tiny_pipeline(2), tmp_path_factory.mktemp("teacher")
     save_teacher(folder, tiny_unet(seed=7), edm_scheduler())
-    return Desk(pipe, Accepted.by(pipe), RoutingMap(pipe), ManyStepTeacher(folder, pipe, num_steps=2))
+    return Desk(pipe, Accepted.by(pipe), RoutingMap(pipe), ManyStepTeacher(folder, pipe, num_inference_steps=2))
 
 
 def test_the_answer_names_the_student_and_has_its_images(desk):

@@ -54,7 +54,7 @@ def labels(tmp_path_factory):
     """The page of a pipeline of labels, with a teacher: (pipeline, teacher, address)."""
     pipe, folder = tiny_pipeline(2), tmp_path_factory.mktemp("teacher")
     save_teacher(folder, tiny_unet(seed=7), edm_scheduler())
-    teacher = ManyStepTeacher(folder, pipe, num_steps=2)
+    teacher = ManyStepTeacher(folder, pipe, num_inference_steps=2)
     demo = app.launch(pipe, teacher=teacher, block=False)
     yield pipe, teacher, demo.local_url
     demo.close()

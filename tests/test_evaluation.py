@@ -26,15 +26,7 @@ from diffusers_msd.teachers import save_teacher
 
 DIGITS = ["--dataset_name", "digits"]
 FEATURES = SCRIPTS / "assets" / "features-digits"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As launched processes have: with other numbers of threads, sums are the same only up to rounding."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,6 @@ import numpy as np
 import PIL.Image
 import pytest
 import ray
-import torch
 import yaml
 from helpers import random_prompts, tiny_pipeline, tiny_text_pipeline
 from ray import serve
@@ -34,7 +33,8 @@ from diffusers_msd.serve_http import png
 from diffusers_msd.serve_student import Job, arguments, groups, load_student
 
 
-pytestmark = pytest.mark.services
+# The replicas have one thread.
+pytestmark = [pytest.mark.services, pytest.mark.usefixtures("one_thread")]
 
 KEY, VARIABLE = "nobody-knows-this", "TEST_SERVING_KEY"
 # Many processes on few cores: Ray counts cores, so each asks for a small part of one.
@@ -53,15 +53,6 @@ def wait_until(condition, seconds: float = 180):
         assert time.monotonic() < end, f"not within {seconds} s"
         time.sleep(0.2)
     return value
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As the replicas have: with another number, the last bits differ."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -165,7 +165,7 @@ class Desk:
     def compared(self, request: ImageRequest, compare: str | int) -> Timed:
         """The same request to the teacher, or to another student."""
         if compare == TEACHER:
-            return Timed.run(f"teacher, {self.teacher.num_steps} steps", self.teacher.make_images, request)
+            return Timed.run(f"teacher, {self.teacher.num_inference_steps} steps", self.teacher.make_images, request)
         return Timed.run(f"student {compare}", self.students_images, replace(request, student=compare))
 
 

@@ -43,13 +43,13 @@ def open_pipeline(arguments: argparse.Namespace) -> MultiStudentPipeline:
     return pipe
 
 
-def read_conditions(pipe: MultiStudentPipeline, texts: list[str], accepted: Accepted) -> list:
-    """Command-line words as prompts or class labels."""
+def read_words(pipe: MultiStudentPipeline, texts: list[str]) -> list[dict]:
+    """Command-line words as the field `prompt` or `class_label` of requests; `Accepted` checks their values."""
     if pipe.takes_prompts:
-        return [accepted.condition(prompt=text) for text in texts]
+        return [{"prompt": text} for text in texts]
     if bad := [text for text in texts if not (text.isascii() and text.isdigit() and len(text) < 20)]:
         raise ValueError(f"conditions: this pipeline goes by class labels, whole numbers, got {bad[0][:40]!r}")
-    return [accepted.condition(class_label=int(text)) for text in texts]
+    return [{"class_label": int(text)} for text in texts]
 
 
 def generate(arguments: argparse.Namespace):
@@ -59,13 +59,8 @@ def generate(arguments: argparse.Namespace):
     folder = check_writable(output.parent if as_grid else output, "output")
     pipe = open_pipeline(arguments)
     accepted = Accepted.by(pipe, max_images=10_000)
-    name = "prompt" if pipe.takes_prompts else "class_label"
-    requests = [
-        accepted.read(
-            **{name: condition}, seed=arguments.seed, num_images=arguments.num_images, student=arguments.student
-        )
-        for condition in read_conditions(pipe, arguments.conditions, accepted)
-    ]
+    shared = {"seed": arguments.seed, "num_images": arguments.num_images, "student": arguments.student}
+    requests = [accepted.read(**words, **shared) for words in read_words(pipe, arguments.conditions)]
     outputs = [make_images(pipe, request, "pt" if as_grid else "pil") for request in requests]
     if as_grid:
         save_grid(torch.cat([made.images for made in outputs]).mul(2).sub(1), arguments.num_images, output)
@@ -82,7 +77,8 @@ def generate(arguments: argparse.Namespace):
 def route(arguments: argparse.Namespace):
     """Says which student answers each condition, and how far the next one is (the margin)."""
     pipe = open_pipeline(arguments)
-    conditions = read_conditions(pipe, arguments.conditions, Accepted.by(pipe))
+    accepted = Accepted.by(pipe)
+    conditions = [accepted.condition(**words) for words in read_words(pipe, arguments.conditions)]
     asked = condition_arguments(pipe, conditions)
     rows = list(zip(conditions, pipe.route(**asked), pipe.margins(**asked)))
     if arguments.json:
@@ -117,7 +113,9 @@ def demo(arguments: argparse.Namespace):
     arguments.pipeline = arguments.pipeline or app.quickstart_pipeline()
     prompts = None if arguments.prompts is None else app.read_prompts(arguments.prompts)
     pipe = open_pipeline(arguments)
-    teacher = None if arguments.teacher is None else ManyStepTeacher(arguments.teacher, pipe)
+    teacher = None
+    if arguments.teacher is not None:
+        teacher = ManyStepTeacher(arguments.teacher, pipe, arguments.num_inference_steps, arguments.guidance_scale)
     app.launch(pipe, prompts, teacher, host=arguments.host, port=arguments.port, share=arguments.share)
 
 
@@ -206,6 +204,10 @@ def build_parser() -> Parser:
     add_pipeline(command, nargs="?")
     command.add_argument("--prompts", help="text file with a prompt a line, for the map and as examples")
     command.add_argument("--teacher", help="folder or Hub id of the teacher, to compare with")
+    command.add_argument(
+        "--num_inference_steps", type=int, help="of the teacher (default: 18 for classes, 20 for prompts)"
+    )
+    command.add_argument("--guidance_scale", type=float, help="of the teacher, for prompts alone (default: 2)")
     command.add_argument("--host", help="address to listen at (default: 127.0.0.1, this machine alone)")
     command.add_argument("--port", type=int, help="default: the first free one from 7860 on")
     command.add_argument("--share", action="store_true", help="make a public link, over Gradio's servers")

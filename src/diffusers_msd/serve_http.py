@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import PIL.Image
-from fastapi import FastAPI, HTTPException, Request, Response, Security
+from fastapi import Depends, FastAPI, HTTPException, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
@@ -63,6 +63,7 @@ class Readiness(BaseModel):
 
 REFUSALS = {
     401: "The API key is missing or wrong.",
+    415: "The body's content type is not application/json.",
     422: "The body is not what is expected.",
     429: "The student's queue is full; `Retry-After` says when to try again, in seconds.",
     503: "The server is being shut down, or the student was lost several times.",
@@ -111,9 +112,14 @@ def http_app(service: Service, max_body_size: int = 16384, api_key: str | None =
         if not secrets.compare_digest(credentials.encode(), api_key.encode()):
             raise HTTPException(401, "authorization: a valid API key expected", {"WWW-Authenticate": "Bearer"})
 
+    def check_content_type(request: Request) -> None:
+        given = request.headers.get("content-type", "")
+        if given.partition(";")[0].strip().lower() != "application/json":
+            raise HTTPException(415, "content-type: application/json expected")
+
     @app.post(
         "/v1/images",
-        dependencies=[] if api_key is None else [Security(check_key)],
+        dependencies=[*([] if api_key is None else [Security(check_key)]), Depends(check_content_type)],
         responses={
             413: {"description": "The body is too large."},
             **{status: {"model": Refusal, "description": text} for status, text in REFUSALS.items()},
@@ -160,7 +166,7 @@ def one_line(error: RequestValidationError) -> str:
     if name in ImagesIn.model_fields:
         return f"{name}: {first['msg']}"
     known = ", ".join(ImagesIn.model_fields)
-    return f"body: a JSON object (application/json) with some of {known} expected; {first['msg']}"
+    return f"body: a JSON object with some of {known} expected; {first['msg']}"
 
 
 def png(image: PIL.Image.Image) -> bytes:
