@@ -129,7 +129,7 @@ def test_info_says_what_is_there(labels, capsys):
         (["generate", "PROMPTS", " "], "prompt: "),
         (["generate", "PROMPTS", "half \ud83d"], "prompt: "),
         (["route", "PROMPTS", "x" * 2000], "prompt: "),
-        (["info", "nosuchfolder"], "pretrained_model_name_or_path: "),
+        (["info", "nosuchfolder"], "path: "),
         (["info", "LABELS", "--results", "no.json"], "results: "),
         (["push", "LABELS", "you/x"], "license: "),
         (["push", "LABELS", "../x", "--license", "mit"], "repo_id: "),

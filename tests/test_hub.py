@@ -268,7 +268,7 @@ PUSH = """
 from helpers import tiny_pipeline
 pipe = tiny_pipeline(3)
 pipe.model_card_details = "trained on nothing"
-print(pipe.push_to_hub("multi").commit_url)
+print(pipe.push_to_hub("multi", license="apache-2.0").commit_url)
 """
 
 LOAD = """
@@ -294,6 +294,7 @@ def test_push_then_load_by_repo_id_with_both_loaders(tmp_path):
         }
         card = hub.repos["tester/multi"]["README.md"].decode()
         assert 'from_pretrained("tester/multi")' in card and "trained on nothing" in card
+        assert "\nlicense: apache-2.0\n" in card
         run_python(LOAD, tmp_path, **hub.environment(tmp_path / "load"))
 
 

@@ -160,6 +160,7 @@ ARROWS: dict[str, set[str]] = {
         "hub",
         "image_requests",
         "model_card",
+        "pipeline_info",
         "pipeline_msd",
         "prompts",
         "run_report",

@@ -217,6 +217,21 @@ class SafePipeline(DiffusionPipeline):
                 f"safetensors format: {error}"
             ) from error
 
+    @classmethod
+    def saved_components(cls, path: str | os.PathLike) -> set[str]:
+        """Names of what a saved pipeline has, by its index alone.
+
+        Raises:
+            FileNotFoundError: there is no pipeline at `path`, a folder or a repo id on the Hub.
+        """
+        try:
+            index = cls.load_config(path)
+        except OSError as error:
+            raise FileNotFoundError(
+                f"path: {path} is no folder and no Hub repository with a pipeline: {error}"
+            ) from error
+        return {name for name, entry in index.items() if isinstance(entry, list) and entry[1] is not None}
+
     def save_pretrained(
         self,
         save_directory: str | os.PathLike,
@@ -227,6 +242,7 @@ class SafePipeline(DiffusionPipeline):
         repo_id: str | None = None,
         private: bool | None = None,
         token: str | None = None,
+        license: str | None = None,
         **upload_kwargs,
     ) -> CommitInfo | None:
         """Saves the pipeline and its model card, whole or not at all.
@@ -239,6 +255,8 @@ class SafePipeline(DiffusionPipeline):
             push_to_hub: also upload what was saved.
             repo_id: where to; by default the name of the folder, in the user's namespace.
             private, token: as for `huggingface_hub.create_repo`.
+            license: for the model card, an identifier of the Hub such as "apache-2.0"; an upload without one is warned
+                of, since nobody else may use it then.
             upload_kwargs: `commit_message`, `create_pr`, `subfolder`.
 
         Returns:
@@ -252,10 +270,12 @@ class SafePipeline(DiffusionPipeline):
         if upload_kwargs and not push_to_hub:
             raise TypeError(f"{sorted(upload_kwargs)[0]}: only used with push_to_hub=True")
         name = Path(save_directory).absolute().name
-        card = model_card(self, repo_id or name)
+        card = model_card(self, repo_id or name, license)
         if push_to_hub:
+            if license is None:
+                logger.warning("license: the model card has none, so nobody else may use the weights.")
             repo_id = create_repo(repo_id or name, private=private, token=token, exist_ok=True).repo_id
-            card = model_card(self, repo_id)
+            card = model_card(self, repo_id, license)
         with whole_save(save_directory, variant, self.config_name) as staged:
             super().save_pretrained(staged, variant=variant, max_shard_size=max_shard_size)
             card.save(staged / "README.md")
@@ -275,12 +295,13 @@ class SafePipeline(DiffusionPipeline):
         safe_serialization: bool = True,
         variant: str | None = None,
         subfolder: str | None = None,
+        license: str | None = None,
     ) -> CommitInfo:
         """Uploads the pipeline with its model card; diffusers' own method would put a general card in its place.
 
-        `publishing.push` does the same for a saved pipeline, with a licence, a picture and results in the card.
+        `publishing.push` does the same for a saved pipeline, with a picture and results in the card.
 
-        Arguments as for `PushToHubMixin.push_to_hub` of diffusers; errors as for `save_pretrained`.
+        Arguments as for `PushToHubMixin.push_to_hub` of diffusers, and `license` and errors as for `save_pretrained`.
 
         Returns:
             What the Hub says about the upload.
@@ -297,4 +318,5 @@ class SafePipeline(DiffusionPipeline):
                 commit_message=commit_message,
                 create_pr=create_pr,
                 subfolder=subfolder,
+                license=license,
             )

@@ -12,8 +12,20 @@ from .run_report import METRICS, read_results
 from .runs import training_record
 
 
+def open_to_look(path: str | Path) -> MultiStudentPipeline:
+    """Loads a pipeline to look at it: full students when they are asked for, one at a time.
+
+    Raises:
+        FileNotFoundError, ValueError: as for `MultiStudentPipeline.from_pretrained`.
+    """
+    lora = "unet" in MultiStudentPipeline.saved_components(path)
+    pipe = MultiStudentPipeline.from_pretrained(path, **({} if lora else {"max_resident_students": 1}))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 def pipeline_info(path: str, results: str | None = None) -> dict:
-    """Loads a pipeline and says what it is.
+    """Says what a pipeline is.
 
     Args:
         path: its folder, or Hub id.
@@ -30,12 +42,12 @@ def pipeline_info(path: str, results: str | None = None) -> dict:
         FileNotFoundError, ValueError: as for `MultiStudentPipeline.from_pretrained`, or `results` has no such row.
     """
     measured = read_results(results, Path(path))
-    pipe = MultiStudentPipeline.from_pretrained(path)
+    pipe = open_to_look(path)
     first = next(iter(pipe.students.values()))
     parameters, total = pipe.count_parameters()
     return {
         "pipeline": path,
-        "students": {f"unet_{k}": vars(pipe)[f"unet_{k}"].num_parameters() for k in pipe.students},
+        "students": {f"unet_{k}": count for k, count in pipe.student_parameters.items()},
         "family": type(first).__name__,
         "conditions": "prompts" if pipe.takes_prompts else f"{num_classes(first)} classes",
         "timesteps": pipe.timesteps,

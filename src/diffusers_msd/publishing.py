@@ -21,6 +21,7 @@ from .grids import image_grid
 from .hub import component_files, upload
 from .image_requests import condition_arguments, generators_of, whole
 from .model_card import PICTURE, model_card, student_card
+from .pipeline_info import open_to_look
 from .pipeline_msd import SLOTS, MultiStudentPipeline
 from .prompts import check_prompts
 from .run_report import markdown_table, read_results, results_section, run_sections
@@ -74,7 +75,12 @@ def push(
     check_address(repo_id, license, teacher, token)
     folder, parts = open_folder(path)
     measured = read_results(results, folder)
-    pipe = open_pipeline(folder, parts)
+    try:
+        pipe = open_to_look(folder)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"path: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"path: {error}") from error
     if student is not None and whole("student", student, 0) not in pipe.students:
         raise ValueError(f"student: one of {', '.join(map(str, pipe.students))} expected")
     recorded = run_settings(folder).get("about", {}).get("teacher", "")
@@ -157,23 +163,6 @@ def open_folder(path: str | Path) -> tuple[Path, list[str]]:
         if file.suffix == ".safetensors":
             load_tensors(file, "path")
     return folder, parts
-
-
-def open_pipeline(folder: Path, parts: list[str]) -> MultiStudentPipeline:
-    """Loads a pipeline to look at it: full students when they are asked for, one at a time.
-
-    Raises:
-        FileNotFoundError, ValueError: naming `path`: a file is missing or does not fit.
-    """
-    residents = {} if "unet" in parts else {"max_resident_students": 1}
-    try:
-        pipe = MultiStudentPipeline.from_pretrained(folder, **residents)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"path: {error}") from error
-    except ValueError as error:
-        raise ValueError(f"path: {error}") from error
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def conditions_by_student(

@@ -156,11 +156,7 @@ def saved_students(path: str) -> list[int]:
         FileNotFoundError: there is no pipeline at `path`.
         ValueError: it has no students, or takes prompts and has nothing to read them with.
     """
-    try:
-        index = MultiStudentPipeline.load_config(path)
-    except OSError as error:
-        raise FileNotFoundError(f"path: {path} is no folder and no Hub repository of a pipeline: {error}") from error
-    present = {name for name, entry in index.items() if isinstance(entry, list) and entry[1] is not None}
+    present = MultiStudentPipeline.saved_components(path)
     students = [k for k, slot in enumerate(SLOTS) if slot in present]
     if not students:
         raise ValueError(f"path: the pipeline at {path} has no students")
@@ -171,14 +167,13 @@ def saved_students(path: str) -> list[int]:
 
 def load_front(path: str, config: ServeConfig, students: tuple[int, ...]) -> tuple[MultiStudentPipeline, Accepted]:
     """The pipeline without its networks, but with text encoder and router, and what may be asked of it."""
-    index = MultiStudentPipeline.load_config(path)
     left_out = ["unet", "vae", "safety_checker", "feature_extractor", *(SLOTS[k] for k in students)]
     pipe = MultiStudentPipeline.from_pretrained(path, dtype=DTYPES[config.dtype], **dict.fromkeys(left_out))
     pipe.to("cuda" if config.ingress_num_gpus else "cpu")
     classes = None
     if not pipe.takes_prompts:
         # LoRA students are adapters of the one network in `unet`.
-        network = "unet" if "unet" in index else SLOTS[students[0]]
+        network = "unet" if "unet" in MultiStudentPipeline.saved_components(path) else SLOTS[students[0]]
         with torch.device("meta"):
             classes = num_classes(UNet2DModel.from_config(UNet2DModel.load_config(path, subfolder=network)))
     return pipe, Accepted(classes, students, config.max_images, config.max_prompt_length)
