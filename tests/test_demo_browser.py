@@ -3,6 +3,7 @@
 """The demo as people use it: in headless Chromium, on a page that a real server sends."""
 
 import io
+import json
 import os
 import re
 import shutil
@@ -11,14 +12,19 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx2 as httpx
 import numpy as np
 import pytest
 from helpers import edm_scheduler, tiny_pipeline, tiny_text_pipeline, tiny_unet
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from playwright.sync_api import Locator, Page, expect, sync_playwright
+from test_serve_http import CONTENT_TYPES, anything, bodies
 
 from diffusers_msd import app
 from diffusers_msd.image_requests import ImageRequest, make_images
@@ -187,6 +193,51 @@ def test_bad_input_is_a_message_and_the_page_goes_on(visit, prompts):
     expect(page.get_by_text(f"Student {pipe.route('moon')[0]} answered")).to_be_visible()
     images = make_images(pipe, ImageRequest("moon", 9007199254740988, 4)).images
     assert same(gallery(page, "images", 4), images)
+
+
+def outcome(client: httpx.Client, content: bytes, content_type: str) -> str:
+    """What becomes of a request that the page's script would send: the line of a refusal, or the text of an answer."""
+    session = {"session_hash": uuid.uuid4().hex}
+    content = content.replace(b"SESSION", session["session_hash"].encode())
+    answer = client.post("queue/join", content=content, headers={"Content-Type": content_type})
+    if answer.status_code != 200:
+        # To bytes that are no UTF-8, Gradio's framework has no better answer than 500.
+        assert 400 <= answer.status_code < 500 or answer.text == "Internal Server Error"
+        return answer.text
+    with client.stream("GET", "queue/data", params=session) as events:
+        messages = (json.loads(line.removeprefix("data: ")) for line in events.iter_lines() if line)
+        last = next(message for message in messages if message["msg"] == "process_completed")
+    # None is a page's plain "Error": the page itself cannot send such a thing.
+    return last["output"]["data"][0] if last["success"] else last["output"]["error"] or "Error"
+
+
+def test_any_request_is_answered_or_refused_in_one_line(labels):
+    pipe, _, url = labels
+    client = httpx.Client(base_url=f"{url}gradio_api/", timeout=TIMEOUT, headers={"Connection": "close"})
+    usual = [3, 7, 1, "router", "nothing"]
+    of_the_page = {"fn_index": 0, "session_hash": "SESSION"}
+    # One or two entries are anything.
+    data = st.dictionaries(st.integers(0, 4), anything, min_size=1, max_size=2).map(
+        lambda changed: [changed.get(i, value) for i, value in enumerate(usual)]
+    )
+    requests = st.one_of(
+        bodies,
+        data.map(lambda values: json.dumps({"data": values, **of_the_page}).encode()),
+        anything.map(lambda value: json.dumps({"data": value, **of_the_page}).encode()),
+    )
+
+    @settings(max_examples=200, deadline=None)
+    @given(requests, st.sampled_from(CONTENT_TYPES))
+    def ask(content, content_type):
+        text = outcome(client, content, content_type)
+        assert text.startswith("**Student ") or "\n" not in text
+
+    ask()
+    for path in ("file=/etc/passwd", "file=%2e%2e/%2e%2e/etc/passwd", "file=~/.ssh/id_rsa", "../../etc/passwd"):
+        assert client.get(path).status_code in (403, 404)
+    assert client.post("upload", files={"files": ("../x.png", b"x" * 100)}).status_code == 413
+    request = json.dumps({"data": usual, **of_the_page}).encode()
+    assert outcome(client, request, "application/json").startswith("**Student 1** answered")
 
 
 def test_ten_people_at_once_get_their_own_images(visit, labels):

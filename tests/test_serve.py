@@ -20,10 +20,13 @@ import pytest
 import ray
 import yaml
 from helpers import random_prompts, tiny_pipeline, tiny_text_pipeline
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from ray import serve
 from ray.serve.schema import ServeDeploySchema
 from ray.util import list_named_actors
 from test_adapters import lora_pipeline
+from test_serve_http import CONTENT_TYPES, bodies
 
 from diffusers_msd import MultiStudentPipeline
 from diffusers_msd.image_requests import Accepted, ImageRequest, make_images
@@ -207,6 +210,24 @@ def test_who_waits_longer_than_the_deadline_is_told_so(started, labels):
     answer = ask(client, class_label=1)
     assert answer.status_code == 504 and "0.001 s" in answer.json()["detail"]
     assert client.get("/healthz").status_code == 200
+
+
+def test_any_request_is_answered_or_refused_in_one_line(started, labels):
+    folder, pipe = labels
+    client = started("anything", folder)
+
+    @settings(max_examples=200, deadline=None)
+    @given(bodies, st.sampled_from(CONTENT_TYPES))
+    def ask_anything(body, content_type):
+        answer = client.post("/v1/images", content=body, headers={"Content-Type": content_type})
+        assert answer.status_code in (200, 400, 415, 422)
+        if answer.status_code != 200:
+            assert "\n" not in answer.json()["detail"] and len(answer.text) < 500
+
+    ask_anything()
+    for path in ("/../../etc/passwd", "/v1/images/../../../etc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "/v1/\x00"):
+        assert client.get(path).status_code in (404, 405)
+    assert images_of(ask(client, class_label=1)) == expected(pipe, 1, 0)
 
 
 def test_labels_under_load_with_a_replica_lost(started, cluster, labels):

@@ -275,5 +275,8 @@ def launch(
         The running Blocks; `local_url` is where.
     """
     demo = build_demo(pipe, prompts, teacher, max_images)
-    demo.launch(server_name=host, server_port=port, share=share, css=CSS, prevent_thread_lock=not block)
+    # The page takes no files, but Gradio's server does.
+    demo.launch(
+        server_name=host, server_port=port, share=share, css=CSS, prevent_thread_lock=not block, max_file_size=1
+    )
     return demo
