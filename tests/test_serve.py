@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -265,6 +266,24 @@ def test_labels_under_load_with_a_replica_lost(started, cluster, labels):
     assert replicas("labels", "student_0") != before
     check_metrics(cluster[1])
     check_drain(client, bodies, wanted)
+
+
+def test_a_student_that_has_too_much_to_do_gets_another_replica(started, labels):
+    client, enough = started("growing", labels[0], max_replicas=[2], max_batch_size=1), threading.Event()
+
+    def keep_asking() -> None:
+        while not enough.is_set():
+            assert ask(client, class_label=0).status_code == 200
+
+    with ThreadPoolExecutor(8) as pool:
+        try:
+            asking = [pool.submit(keep_asking) for _ in range(8)]
+            # Ray adds one after half a minute of too many requests.
+            wait_until(lambda: client.get("/readyz").json()["students"] == {"0": 2, "1": 1})
+        finally:
+            enough.set()
+    for asked in asking:
+        asked.result()
 
 
 def replicas(application: str, deployment: str) -> list[str]:
