@@ -343,16 +343,17 @@ def check_drain(client: httpx.Client, bodies: list[dict], wanted: dict) -> None:
 
 
 SERVER = """
-import sys
+import os, sys
 from diffusers_msd.serve import ServeConfig, run
-run(sys.argv[1], ServeConfig(num_cpus=0.1, ingress_num_cpus=0.1, api_key_variable="TEST_SERVING_KEY"),
-    port=int(sys.argv[2]))
+# More cores than there are.
+config = ServeConfig(num_cpus=os.cpu_count(), api_key_variable="TEST_SERVING_KEY")
+run(sys.argv[1], config, port=int(sys.argv[2]))
 """
 
 
 def test_a_server_runs_until_it_is_told_to_stop_and_says_no_secret(labels, tmp_path):
     port = free_port()
-    environment = {**os.environ, VARIABLE: KEY}
+    environment = {**os.environ, VARIABLE: KEY, "OMP_NUM_THREADS": "1"}
     with open(tmp_path / "log", "w+") as log:
         server = subprocess.Popen(
             [sys.executable, "-c", SERVER, labels[0], str(port)], stdout=log, stderr=log, env=environment

@@ -189,6 +189,7 @@ def test_bad_settings_are_refused_by_name(settings, named):
 def test_replicas_are_given_for_all_students_or_for_each():
     assert ServeConfig(replicas=[2]).replicas_of([0, 2]) == {0: (2, 2), 2: (2, 2)}
     assert ServeConfig(replicas=[1, 3], max_replicas=[4]).replicas_of([0, 2]) == {0: (1, 4), 2: (3, 4)}
+    assert ServeConfig(replicas=[1, 3], max_replicas=[4], num_cpus=0.3).cpus([0, 2]) == 4
     for wrong, named in (
         ({"replicas": [1, 2, 3]}, "replicas: "),
         ({"replicas": [5], "max_replicas": [4]}, "max_repl"),

@@ -248,7 +248,9 @@ def run(
     options = {}
     if address == "local":
         read_api_key(config.api_key_variable)
-        options = {"include_dashboard": False, "_metrics_export_port": metrics_port}
+        # All that is asked for, even if there are fewer cores: replicas then share them, where Ray would wait for ever.
+        cpus = config.cpus(saved_students(path))
+        options = {"num_cpus": cpus, "include_dashboard": False, "_metrics_export_port": metrics_port}
     ray.init(address, **options)
     interrupted = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):

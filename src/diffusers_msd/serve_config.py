@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`ServeConfig`: replicas, batches, limits of a server, and what they are to Ray Serve."""
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -98,6 +99,11 @@ class ServeConfig:
             if most[k] < least[k]:
                 raise ValueError(f"max_replicas: student {k} has {least[k]} at least, but {most[k]} at most")
         return {k: (least[k], most[k]) for k in students}
+
+    def cpus(self, students: list[int]) -> int:
+        """The cores that all replicas reserve together, when there are most of them, rounded up."""
+        replicas = sum(most for _, most in self.replicas_of(students).values())
+        return math.ceil(replicas * self.num_cpus + self.ingress_replicas * self.ingress_num_cpus)
 
     def student_options(self, least: int, most: int) -> dict:
         """What Ray Serve is told of the deployment of a student."""
