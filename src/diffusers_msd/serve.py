@@ -22,6 +22,7 @@ from diffusers import UNet2DModel
 from fastapi import FastAPI, HTTPException
 from ray import serve
 from ray.exceptions import ObjectLostError, RayActorError
+from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import BackPressureError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.metrics import Counter
@@ -38,6 +39,9 @@ from .serve_student import Job, StudentReplica
 APPLICATION = "diffusers-msd"
 # A replica, or the node it was on, is gone; the request may be made again, since the same seed gives the same image.
 LOST = (RayActorError, ObjectLostError)
+# How long a request that waits for a student looks away while all replicas are full. Ray's own half a second leaves
+# replicas of small networks without work most of the time.
+ROUTING = RequestRouterConfig(initial_backoff_s=0.005, max_backoff_s=0.02)
 
 
 @serve.ingress()
@@ -195,11 +199,12 @@ def build_app(path: str | Path, config: ServeConfig) -> serve.Application:
     handles = {}
     for k in students:
         others = [j for j in students if j != k]
-        options = config.student_options(*replicas[k])
+        options = {**config.student_options(*replicas[k]), "request_router_config": ROUTING}
         deployment = serve.deployment(StudentReplica).options(name=deployment_name(k), **options)
         handles[k] = deployment.bind(path, k, others, config)
-    most = sum(most for _, most in replicas.values())
-    ingress = serve.deployment(Ingress).options(name="ingress", **config.ingress_options(len(students), most))
+    ingress = serve.deployment(Ingress).options(
+        name="ingress", request_router_config=ROUTING, **config.ingress_options(students)
+    )
     return ingress.bind(path, config, handles)
 
 

@@ -120,14 +120,18 @@ class ServeConfig:
         scaling = {"min_replicas": least, "max_replicas": most, "target_ongoing_requests": self.max_batch_size}
         return {**options, "autoscaling_config": scaling}
 
-    def ingress_options(self, num_students: int, max_replicas: int) -> dict:
-        """What Ray Serve is told of the deployment of the ingress, for so many students and replicas of all of them."""
-        # All that students may have and hold in their queues, and some more to refuse: it is never what is full first.
-        ongoing = num_students * self.max_queue + max_replicas * 2 * self.max_batch_size + 64
+    def capacity(self, students: list[int]) -> int:
+        """Requests that the queues and the replicas of all students can hold."""
+        replicas = sum(most for _, most in self.replicas_of(students).values())
+        return len(students) * self.max_queue + replicas * 2 * self.max_batch_size
+
+    def ingress_options(self, students: list[int]) -> dict:
+        """What Ray Serve is told of the deployment of the ingress."""
+        # What is more than students can hold is refused by the proxy, which costs least.
         return {
             "num_replicas": self.ingress_replicas,
-            "max_ongoing_requests": ongoing,
-            "max_queued_requests": ongoing,
+            "max_ongoing_requests": self.capacity(students),
+            "max_queued_requests": self.max_queue,
             "backpressure_config": {"status_code": 429, "retry_after_s": self.retry_after},
             "graceful_shutdown_timeout_s": self.deadline,
             "ray_actor_options": {"num_cpus": self.ingress_num_cpus, "num_gpus": self.ingress_num_gpus},

@@ -106,13 +106,14 @@ def http_app(service: Service, max_body_size: int = 16384, api_key: str | None =
     app = FastAPI(title="diffusers_msd", max_body_size=max_body_size)
     bearer = HTTPBearer(auto_error=False)
 
-    def check_key(given: HTTPAuthorizationCredentials | None = Security(bearer)) -> None:
+    # Both are `async` because FastAPI sends other functions to a thread.
+    async def check_key(given: HTTPAuthorizationCredentials | None = Security(bearer)) -> None:
         # In constant time, and over bytes, because a header may hold anything.
         credentials = "" if given is None else given.credentials
         if not secrets.compare_digest(credentials.encode(), api_key.encode()):
             raise HTTPException(401, "authorization: a valid API key expected", {"WWW-Authenticate": "Bearer"})
 
-    def check_content_type(request: Request) -> None:
+    async def check_content_type(request: Request) -> None:
         given = request.headers.get("content-type", "")
         if given.partition(";")[0].strip().lower() != "application/json":
             raise HTTPException(415, "content-type: application/json expected")
