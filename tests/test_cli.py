@@ -162,7 +162,7 @@ words = st.one_of(
 )
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(command=st.sampled_from(["generate", "route"]), rest=st.lists(words, min_size=1, max_size=4))
 def test_nothing_typed_crashes_or_writes_elsewhere(command, rest, labels, tmp_path, capsys, monkeypatch):
     work = tmp_path / "work"
