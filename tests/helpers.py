@@ -4,6 +4,7 @@
 
 import json
 import random
+import socket
 import string
 from pathlib import Path
 
@@ -228,3 +229,10 @@ def tiny_text_pipeline(folder: Path, k: int = 4, **parts) -> MultiStudentPipelin
     pipe = MultiStudentPipeline(**{**components, **parts})
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def free_port() -> int:
+    """A port that nobody listens at now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

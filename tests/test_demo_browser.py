@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -19,7 +18,7 @@ from pathlib import Path
 import httpx2 as httpx
 import numpy as np
 import pytest
-from helpers import edm_scheduler, tiny_pipeline, tiny_text_pipeline, tiny_unet
+from helpers import edm_scheduler, free_port, tiny_pipeline, tiny_text_pipeline, tiny_unet
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -329,12 +328,6 @@ def test_enter_submits_a_prompt_and_a_seed(visit, prompts):
         page.keyboard.press("Enter")
     expect(page.locator("#images img[alt='seed 5']")).to_be_visible()
     assert same(gallery(page, "images", 4), make_images(pipe, ImageRequest("zebra", 5, 4)).images)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def test_the_recipe_of_a_space_runs(visit, tmp_path):

@@ -20,7 +20,7 @@ import PIL.Image
 import pytest
 import ray
 import yaml
-from helpers import random_prompts, tiny_pipeline, tiny_text_pipeline
+from helpers import free_port, random_prompts, tiny_pipeline, tiny_text_pipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ray import serve
@@ -43,12 +43,6 @@ pytestmark = [pytest.mark.services, pytest.mark.usefixtures("one_thread")]
 KEY, VARIABLE = "nobody-knows-this", "TEST_SERVING_KEY"
 # Many processes on few cores: Ray counts cores, so each asks for a small part of one.
 SMALL = {"num_cpus": 0.1, "ingress_num_cpus": 0.1, "deadline": 120.0}
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def wait_until(condition, seconds: float = 180):

@@ -99,6 +99,7 @@ class Timed:
 
     @classmethod
     def run(cls, maker: str, make: Callable[[ImageRequest], list], request: ImageRequest) -> "Timed":
+        """Makes the images of a request and takes the time."""
         began = time.perf_counter()
         images = make(request)
         return cls(maker, images, (time.perf_counter() - began) / len(images))
@@ -160,6 +161,7 @@ class Desk:
         return chosen, f"{text} The nearest cut to another one is {margin:.3g} away (median on the map: {median:.3g})."
 
     def students_images(self, request: ImageRequest) -> list:
+        """Those of the student that answers, or was asked for."""
         return make_images(self.pipe, request).images
 
     def compared(self, request: ImageRequest, compare: str | int) -> Timed:

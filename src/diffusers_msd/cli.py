@@ -37,6 +37,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def open_pipeline(arguments: argparse.Namespace) -> MultiStudentPipeline:
+    """The pipeline that the arguments of `add_pipeline` name, without progress bars."""
     dtype = DTYPES[arguments.dtype]
     pipe = MultiStudentPipeline.from_pretrained(arguments.pipeline, dtype=dtype).to(arguments.device)
     pipe.set_progress_bar_config(disable=True)
@@ -143,6 +144,7 @@ def quickstart(arguments: argparse.Namespace):
 
 
 def add_pipeline(parser: argparse.ArgumentParser, **kwargs):
+    """Adds the arguments of a command that opens a pipeline; `kwargs` are those of its name."""
     parser.add_argument("pipeline", help="folder or Hub id of a MultiStudentPipeline", **kwargs)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=device, help="of the networks (default: %(default)s)")
@@ -152,6 +154,7 @@ def add_pipeline(parser: argparse.ArgumentParser, **kwargs):
 
 
 def build_parser() -> Parser:
+    """The parser of all commands; each names its function as `run`."""
     parser = Parser(
         "diffusers-msd", description="One-step students of a diffusion teacher: generate, look, publish, serve."
     )

@@ -25,13 +25,13 @@ class ManyStepTeacher:
     Args:
         path: folder or Hub id of the teacher, with `unet/` and `scheduler/`.
         pipe: its students, on the device that the teacher shall run on too.
-        num_inference_steps: of Heun's method for classes (None is 18, which are 35 network calls), of DPM-Solver++ for prompts
-            (None is 20).
+        num_inference_steps: of Heun's method for classes (None is 18, which are 35 network calls), of DPM-Solver++ for
+            prompts (None is 20).
         guidance_scale: of classifier-free guidance, for prompts alone (None is 2); 1 is off.
 
     Raises:
-        FileNotFoundError, TypeError, ValueError: there is no teacher, it is none of these students, `num_inference_steps` is
-            below 1, or `guidance_scale` is no finite number or is given for classes.
+        FileNotFoundError, TypeError, ValueError: there is no teacher, it is none of these students,
+            `num_inference_steps` is below 1, or `guidance_scale` is no finite number or is given for classes.
     """
 
     def __init__(

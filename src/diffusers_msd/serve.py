@@ -133,10 +133,12 @@ class Ingress:
 
 
 def deployment_name(k: int) -> str:
+    """What Ray Serve calls student k."""
     return f"student_{k}"
 
 
 def condition_name(pipe: MultiStudentPipeline) -> str:
+    """The field of a request that the pipeline goes by."""
     return "prompt" if pipe.takes_prompts else "class_label"
 
 

@@ -100,10 +100,12 @@ class ServeConfig:
                 raise ValueError(f"max_replicas: student {k} has {least[k]} at least, but {most[k]} at most")
         return {k: (least[k], most[k]) for k in students}
 
+    def _most_replicas(self, students: list[int]) -> int:
+        return sum(most for _, most in self.replicas_of(students).values())
+
     def cpus(self, students: list[int]) -> int:
         """The cores that all replicas reserve together, when there are most of them, rounded up."""
-        replicas = sum(most for _, most in self.replicas_of(students).values())
-        return math.ceil(replicas * self.num_cpus + self.ingress_replicas * self.ingress_num_cpus)
+        return math.ceil(self._most_replicas(students) * self.num_cpus + self.ingress_replicas * self.ingress_num_cpus)
 
     def student_options(self, least: int, most: int) -> dict:
         """What Ray Serve is told of the deployment of a student."""
@@ -122,8 +124,7 @@ class ServeConfig:
 
     def capacity(self, students: list[int]) -> int:
         """Requests that the queues and the replicas of all students can hold."""
-        replicas = sum(most for _, most in self.replicas_of(students).values())
-        return len(students) * self.max_queue + replicas * 2 * self.max_batch_size
+        return len(students) * self.max_queue + self._most_replicas(students) * 2 * self.max_batch_size
 
     def ingress_options(self, students: list[int]) -> dict:
         """What Ray Serve is told of the deployment of the ingress."""
